@@ -1,0 +1,126 @@
+"""A frozen autoencoder: stored images to raw latents and back. `load_autoencoder("sd-vae")`.
+
+Raw latents are stored; scale and shift of the table entry are applied late, by `scale_latents`
+when training reads them, and undone by `unscale_latents` before decoding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from repa_pipeline.autoencoders import AUTOENCODERS, AutoencoderSpec
+from repa_pipeline.autoencoders.scaling import scale_by, unscale_by
+from repa_pipeline.errors import MismatchError
+from repa_pipeline.tables import resolve
+from repa_pipeline.weights import file_sha256, resolve_weights
+
+
+class AutoencoderNetwork(nn.Module):
+    """What a loader returns."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, R, R] in [-1, 1] -> mean and std [B, 2C, h, w], or latent [B, C, h, w]."""
+        raise NotImplementedError
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Raw latent [B, C, h, w] -> pixels [B, 3, R, R], about [-1, 1]."""
+        raise NotImplementedError
+
+
+class Autoencoder:
+    """An autoencoder in eval mode, float32, deterministic, without gradients."""
+
+    def __init__(
+        self,
+        spec: AutoencoderSpec,
+        network: AutoencoderNetwork,
+        *,
+        weights_sha256: str,
+        device: str | torch.device = "cpu",
+    ):
+        self.spec = spec
+        self.weights_sha256 = weights_sha256
+        self.device = torch.device(device)
+        self._network = network.to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Raw, unscaled moments of a batch of images.
+
+        images uint8 [B, 3, R, R], any device -> float32 on this autoencoder's device: mean and std
+        [B, 2C, h, w] of a gaussian posterior, or the latent [B, C, h, w]. Raises ConfigError on a
+        resolution it cannot take and MismatchError on another dtype or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise MismatchError(
+                f"images are {images.dtype} {list(images.shape)}: expected uint8 [B, 3, R, R]"
+            )
+        _, height, width = self.spec.latent_shape(images.shape[2])
+        stored = self._network.encode(images.to(self.device).float() / 127.5 - 1).float()
+        self._check(stored, self.spec.stored_channels, height, width)
+        return stored
+
+    @torch.no_grad()
+    def decode(self, raw: Tensor) -> Tensor:
+        """Images of raw, unscaled latents.
+
+        raw float32 [B, C, h, w], any device -> float32 [B, 3, R, R] on this autoencoder's device,
+        about [-1, 1]. Raises MismatchError on another number of channels.
+        """
+        self._check(raw, self.spec.channels, *raw.shape[2:])
+        return self._network.decode(raw.to(self.device, torch.float32)).float()
+
+    def _check(self, latents: Tensor, channels: int, height: int, width: int) -> None:
+        if latents.shape[1:] != (channels, height, width):
+            raise MismatchError(
+                f"latents of autoencoder '{self.spec.name}' are {list(latents.shape)}: expected "
+                f"[B, {channels}, {height}, {width}] by its table entry"
+            )
+
+
+def scale_latents(raw: Tensor, spec: AutoencoderSpec) -> Tensor:
+    """(raw - shift) * scale, per channel; [B, C, h, w] -> the same; raises MismatchError."""
+    _check_channels(raw, spec)
+    return scale_by(raw, spec.scale, spec.shift)
+
+
+def unscale_latents(scaled: Tensor, spec: AutoencoderSpec) -> Tensor:
+    """scaled / scale + shift, the inverse of `scale_latents`; [B, C, h, w] -> the same."""
+    _check_channels(scaled, spec)
+    return unscale_by(scaled, spec.scale, spec.shift)
+
+
+def find_autoencoder_weights(
+    name_or_spec: str | AutoencoderSpec, weights: str | None = None
+) -> Path:
+    """The local file an autoencoder's weights come from; raises MissingError (weights.py)."""
+    spec = AUTOENCODERS[name_or_spec] if isinstance(name_or_spec, str) else name_or_spec
+    return resolve_weights("autoencoder", spec.name, spec.weights, spec.hub, spec.hub_file, weights)
+
+
+def load_autoencoder(
+    name_or_spec: str | AutoencoderSpec,
+    *,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Autoencoder:
+    """Loads an autoencoder; `weights` is a local file and comes before the entry's own.
+
+    Raises UnknownNameError, MissingError (no weights to be had), DamagedError or MismatchError
+    (the file).
+    """
+    spec = AUTOENCODERS[name_or_spec] if isinstance(name_or_spec, str) else name_or_spec
+    path = find_autoencoder_weights(spec, weights)
+    network: AutoencoderNetwork = resolve(spec.loader)(spec, path)
+    return Autoencoder(spec, network, weights_sha256=file_sha256(path), device=device)
+
+
+def _check_channels(latents: Tensor, spec: AutoencoderSpec) -> None:
+    if latents.shape[-3] != spec.channels:
+        raise MismatchError(
+            f"latents are {list(latents.shape)}: autoencoder '{spec.name}' has {spec.channels} "
+            "channels; draw a sample of mean and std before scaling"
+        )

@@ -1,0 +1,289 @@
+"""What each command does with its settings: plan, run, say where the output is and what is next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from repa_pipeline.config import (
+    COMMANDS,
+    EMBEDDED,
+    EvaluateConfig,
+    FeaturesConfig,
+    IndexConfig,
+    LatentsConfig,
+    ReportConfig,
+    RunsConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from repa_pipeline.data.index import Index
+from repa_pipeline.data.objects import open_store
+from repa_pipeline.engine.contracts import Stage
+from repa_pipeline.engine.ledger import Ledger
+from repa_pipeline.engine.local import LocalExecutor
+from repa_pipeline.engine.run import StageResult, run_stage
+from repa_pipeline.errors import UnknownNameError
+from repa_pipeline.observe import progress_for_stream
+from repa_pipeline.resolve import Project, resolve
+
+
+def run_index(config: IndexConfig) -> None:
+    """`repa index`."""
+    _index(config)
+    if not config.dry_run:
+        _say(f"index: {_store_url(config)}/index.parquet; next: repa encode-latents")
+
+
+def encode_latents(config: LatentsConfig) -> None:
+    """`repa encode-latents`."""
+    from repa_pipeline.stages.latents import latents_stage
+
+    stage = latents_stage(config, _index(config))
+    _run_pass(stage, config)
+    if not config.dry_run:
+        _say("next: repa cache-features")
+
+
+def cache_features(config: FeaturesConfig) -> None:
+    """`repa cache-features`."""
+    from repa_pipeline.stages.features import features_stages
+
+    for stage in features_stages(config, _index(config)):
+        _run_pass(stage, config)
+    if not config.dry_run:
+        _say("next: repa train")
+
+
+def train(config: TrainConfig) -> None:
+    """`repa train`."""
+    from repa_pipeline.stages.train import plan_training
+    from repa_pipeline.stages.train import train as run_training
+
+    plan = plan_training(config)
+    teachers = [array.spec.manifest["encoder"] for array in plan.inputs.features]
+    what = f"aligned with {', '.join(teachers)}" if teachers else "without a teacher"
+    _say(
+        f"train {plan.name}: {config.model} {what}, {config.steps:,} steps of "
+        f"{config.batch_size} images ({plan.order.steps_per_epoch:,} steps an epoch), "
+        f"{plan.dtype} on {plan.device}"
+    )
+    if config.dry_run:
+        _say(_train_dry_run(plan))
+        return
+    result = run_training(plan, progress_for_stream())
+    if not result.num_new:
+        _say(f"nothing to do: run {result.run.name} is at step {result.step:,}")
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in result.last.items())
+    _say(f"run: {result.run.folder} at step {result.step:,}" + (f" ({shown})" if shown else ""))
+    _say("next: repa sample --cfg 1.8 --interval 0,0.7")
+
+
+def sample(config: SampleConfig) -> None:
+    """`repa sample`."""
+    from repa_pipeline.diffusion.guidance import count_model_evaluations
+    from repa_pipeline.stages.sample import finish_samples, sample_stage
+
+    stage = sample_stage(config)
+    evaluations = count_model_evaluations(
+        config.sampler, config.num_steps, scale=config.cfg, interval=config.interval
+    )
+    _say(
+        f"sample from {stage.checkpoint}: {config.num_images:,} images, {config.sampler} "
+        f"{config.num_steps} steps, cfg {config.cfg:g} on t in [{config.interval[0]:g}, "
+        f"{config.interval[1]:g}], {evaluations} model evaluations an image"
+    )
+    ledger = Ledger(open_store(stage.output), "ledger", stage.plan().fingerprint)
+    if config.dry_run:
+        _describe(stage, ledger)
+        return
+    result = run_stage(stage, LocalExecutor(config.retries), ledger, progress_for_stream())
+    _report_pass(stage, result)
+    for path in finish_samples(stage):
+        _say(f"made: {path}")
+    _say("next: repa evaluate")
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """`repa evaluate`."""
+    from repa_pipeline.stages.evaluate import evaluate as score
+    from repa_pipeline.stages.evaluate import find_samples, summary
+
+    if config.dry_run:
+        reference = config.reference or "statistics of the training source"
+        _say(f"would score {find_samples(config)} with {config.network} against {reference}")
+        return
+    result = score(config, progress_for_stream())
+    _say(summary(result))
+    _say(f"result: {result['path']}; next: repa report")
+
+
+def runs(config: RunsConfig) -> None:
+    """`repa runs`."""
+    from repa_pipeline.training.runs import list_runs, runs_folder
+
+    found = list_runs(config)
+    if not found:
+        _say(f"no runs in {runs_folder(config)}: run `repa train` first")
+    for run in found:
+        record = run.record()
+        settings = record["config"]
+        teachers = [n.split(".")[1] for n in record["decided"]["data"]["arrays"] if n[0] == "f"]
+        _say(
+            f"{run.name}  step {run.last_step():,} of {settings['steps']:,}  {settings['model']}  "
+            f"{', '.join(teachers) or 'vanilla'}  seed {settings['seed']}  {run.folder}"
+        )
+
+
+def report(config: ReportConfig) -> None:
+    """`repa report`."""
+    from repa_pipeline.report import write_report
+
+    if config.dry_run:
+        _say(f"would write {config.output or 'report.html'} from the runs of {config.workspace}")
+        return
+    _say(f"report: {write_report(config)}")
+
+
+def print_config(command: str | None, project: Project) -> None:
+    """`repa config`: every setting, its value and where it came from."""
+    if command is not None and command not in COMMANDS:
+        raise UnknownNameError(f"unknown command '{command}': known are {', '.join(COMMANDS)}")
+    for name in [command] if command else COMMANDS:
+        resolved = resolve(name, {}, project)
+        _say(f"[{name}]")
+        for key, origin in sorted(resolved.origins.items()):
+            value = getattr(resolved.config, key)
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            _say(f"  {key} = {shown}  ({origin})")
+        for entry, changes in resolved.config.overrides.items():
+            _say(f"  {entry}: {changes}  ({project.path})")
+
+
+def run_selftest_command(vectors: str, device: str, dtype: str) -> int:
+    """`repa selftest`; returns the exit code: 0 within tolerance, 1 above."""
+    from repa_pipeline.device import choose_device
+    from repa_pipeline.errors import ConfigError
+    from repa_pipeline.stages.selftest import run_selftest
+
+    if dtype not in ("float32", "tf32", "bf16"):
+        raise ConfigError(f"dtype: got '{dtype}', expected float32, tf32 or bf16")
+    found = run_selftest(vectors, choose_device(device), dtype)
+    _say(found.text())
+    return 0 if found.passed else 1
+
+
+def _index(config: IndexConfig) -> Index:
+    """The finished index (for --dry-run a planned one), with a word on what is in the source."""
+    from repa_pipeline.stages.index import cache_store, ensure_index, planned_index
+
+    if config.source == EMBEDDED:
+        _say(
+            "source: the embedded data set (scikit-learn's handwritten digits); use --source, "
+            "REPA_SOURCE or repa.toml for your own images"
+        )
+    if config.dry_run and cache_store(config).size("manifest.json") is None:
+        index, num_bytes = planned_index(config)
+        _say(
+            f"plan: {cache_store(config).url}/index.parquet: {index.num_rows:,} images "
+            f"({_size(num_bytes)}) to read, decode and index; done: 0"
+        )
+        return index
+    index = ensure_index(config, progress_for_stream())
+    manifest = index.manifest
+    _say(
+        f"{index.num_rows:,} images in {manifest['num_classes']} classes, "
+        f"{manifest['num_excluded']} excluded, {manifest['num_duplicates']} exact duplicates"
+    )
+    for remark in manifest["remarks"]:
+        _say(f"note: {remark}")
+    for what, counts in (("excluded", "excluded_reasons"), ("converted", "notes")):
+        if manifest[counts]:
+            listed = "; ".join(f"{count} x {name}" for name, count in manifest[counts].items())
+            _say(f"{what}: {listed}")
+    return index
+
+
+def _store_url(config: IndexConfig) -> str:
+    from repa_pipeline.stages.index import cache_store
+
+    return cache_store(config).url
+
+
+def _run_pass(stage: Any, config: IndexConfig) -> None:
+    """Runs (or, for --dry-run, describes) one pass over the images."""
+    from repa_pipeline.stages.index import cache_store
+
+    plan = stage.plan()
+    ledger = Ledger(cache_store(config), f"ledger/{stage.name}", plan.fingerprint)
+    if config.dry_run:
+        _describe(stage, ledger)
+        return
+    result = run_stage(stage, LocalExecutor(config.retries), ledger, progress_for_stream())
+    _report_pass(stage, result)
+
+
+def _describe(stage: Stage, ledger: Ledger) -> None:
+    plan = stage.plan()
+    done = [commit for commit in ledger.entries().values() if stage.stands(commit)]
+    rows = sum(commit.rows for commit in done)
+    _say(
+        f"plan: {plan.where}: {plan.num_rows:,} {plan.unit} in {len(plan.shards)} shards, "
+        f"{_size(plan.num_bytes)}; done: {rows:,} {plan.unit} in {len(done)} shards"
+        + (", sealed" if stage.is_sealed() else "")
+    )
+
+
+def _report_pass(stage: Stage, result: StageResult) -> None:
+    plan = result.plan
+    if not result.num_new:
+        _say(f"nothing to do: {plan.where} is complete ({plan.num_rows:,} {plan.unit})")
+        return
+    times: dict[str, float] = {}
+    for commit in result.commits:
+        for phase, seconds in commit.seconds.items():
+            times[phase] = times.get(phase, 0.0) + seconds
+    shown = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in times.items())
+    _say(
+        f"{stage.name}: {plan.num_rows:,} {plan.unit}, {_size(plan.num_bytes)}, sealed"
+        + (f" ({shown})" if shown else "")
+    )
+    _say(f"output: {plan.where}")
+
+
+def _train_dry_run(plan: Any) -> str:
+    from repa_pipeline.training.runs import Run, runs_folder
+
+    run = Run(runs_folder(plan.config) / plan.name)
+    record = sum(array.spec.layout.record_bytes for array in plan.inputs.arrays)
+    total = sum(array.spec.num_bytes for array in plan.inputs.arrays)
+    return (
+        f"plan: reads {record:,} bytes an image, {_size(record * plan.config.batch_size)} a step "
+        f"from {_size(total)} of cache; done: step {run.last_step():,} of {plan.config.steps:,}"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stdout, flush=True)
+
+
+ACTIONS: Mapping[str, Callable[[Any], None]] = {
+    "index": run_index,
+    "encode-latents": encode_latents,
+    "cache-features": cache_features,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "runs": runs,
+    "report": report,
+}

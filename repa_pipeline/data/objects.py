@@ -1,0 +1,255 @@
+"""Named blobs under a URL: the only way the package touches a workspace, local or remote.
+
+`open_store("dir")` and `open_store("s3://bucket/prefix")` give the same few operations. A write is
+never half visible: a local object is linked into place after an fsync, a remote one is a
+single conditional PUT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, Protocol
+
+from repa_pipeline.errors import DamagedError, MissingError, StageError
+
+_EXISTS_CODES = {"PreconditionFailed", "ConditionalRequestConflict"}
+_TEMPORARY = ".tmp-"
+
+
+class ObjectStore(Protocol):
+    """Blobs by key; keys use '/' and are relative to `url`."""
+
+    url: str
+
+    def get(self, key: str) -> bytes:
+        """The whole object; raises MissingError when there is none."""
+        ...
+
+    def read_into(self, key: str, buffer: memoryview) -> int:
+        """Fills `buffer` from the object's start; returns the object's bytes (at most len+1)."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """The object's bytes, None when there is no object."""
+        ...
+
+    def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
+        """Creates the object; False, and nothing written, when one stands there already."""
+        ...
+
+    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
+        """Creates or replaces the object in one step."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Sorted names directly below `prefix`."""
+        ...
+
+    def delete(self, key: str) -> None: ...
+
+    def child(self, name: str) -> ObjectStore: ...
+
+
+def open_store(url: str) -> ObjectStore:
+    """Opens a folder (plain path or file://) or any URL fsspec knows.
+
+    Raises StageError when the protocol's library is not installed.
+    """
+    if url.startswith("file://"):
+        url = url[len("file://") :]
+    return RemoteStore(url) if "://" in url else LocalStore(url)
+
+
+class LocalStore:
+    """A folder of this machine."""
+
+    _counter = itertools.count()
+
+    def __init__(self, url: str):
+        self.url = str(url)
+        self.root = Path(url)
+
+    def get(self, key: str) -> bytes:
+        try:
+            return (self.root / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingError(f"no object {self.root / key}") from error
+
+    def read_into(self, key: str, buffer: memoryview) -> int:
+        try:
+            with open(self.root / key, "rb", buffering=0) as file:
+                return _read_all(file, buffer)
+        except FileNotFoundError as error:
+            raise MissingError(f"no object {self.root / key}") from error
+
+    def size(self, key: str) -> int | None:
+        path = self.root / key
+        return path.stat().st_size if path.is_file() else None
+
+    def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
+        final = self.root / key
+        if final.exists():
+            return False
+        temporary = self._write_temporary(final, data)
+        try:
+            os.link(temporary, final)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        _sync_folder(final.parent)
+        return True
+
+    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
+        final = self.root / key
+        os.replace(self._write_temporary(final, data), final)
+        _sync_folder(final.parent)
+
+    def list(self, prefix: str) -> list[str]:
+        folder = self.root / prefix
+        if not folder.is_dir():
+            return []
+        return sorted(n for n in os.listdir(folder) if not n.startswith(_TEMPORARY))
+
+    def delete(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def child(self, name: str) -> ObjectStore:
+        return LocalStore(os.path.join(self.url, name))
+
+    def _write_temporary(self, final: Path, data: bytes | bytearray | memoryview) -> Path:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(final.parent)
+        owner = f"{socket.gethostname()}-{os.getpid()}-{next(self._counter)}"
+        temporary = final.parent / f"{_TEMPORARY}{owner}"
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                view = memoryview(data).cast("B")
+                while view:
+                    view = view[file.write(view) :]
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+
+class RemoteStore:
+    """A prefix on any fsspec file system; s3 credentials come from the environment only."""
+
+    def __init__(self, url: str, filesystem: Any = None):
+        import fsspec
+
+        self.url = url.rstrip("/")
+        options = {"use_listings_cache": False} if url.startswith(("s3://", "s3a://")) else {}
+        try:
+            self._fs = filesystem or fsspec.filesystem(url.split("://", 1)[0], **options)
+        except (ImportError, ValueError) as error:
+            raise StageError(f"cannot open {url}: {error}") from error
+        self._root = self._fs._strip_protocol(self.url)
+
+    def get(self, key: str) -> bytes:
+        try:
+            data: bytes = self._fs.cat_file(f"{self._root}/{key}")
+        except FileNotFoundError as error:
+            raise MissingError(f"no object {self.url}/{key}") from error
+        return data
+
+    def read_into(self, key: str, buffer: memoryview) -> int:
+        data = self.get(key)
+        count = min(len(data), len(buffer))
+        buffer[:count] = data[:count]
+        return len(data)
+
+    def size(self, key: str) -> int | None:
+        try:
+            info = self._fs.info(f"{self._root}/{key}")
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
+        path = f"{self._root}/{key}"
+        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        try:
+            self._fs.pipe_file(path, bytes(data), mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if _error_code(error) in _EXISTS_CODES:
+                return False
+            raise
+        return True
+
+    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
+        path = f"{self._root}/{key}"
+        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        self._fs.pipe_file(path, bytes(data))
+
+    def list(self, prefix: str) -> list[str]:
+        try:
+            entries = self._fs.ls(f"{self._root}/{prefix}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{key}")
+
+    def child(self, name: str) -> ObjectStore:
+        return RemoteStore(f"{self.url}/{name}", self._fs)
+
+
+def get_json(store: ObjectStore, key: str) -> dict[str, Any]:
+    """Reads a JSON object; raises MissingError without one, DamagedError when it is not JSON."""
+    try:
+        value = json.loads(store.get(key))
+    except ValueError as error:
+        raise DamagedError(f"{store.url}/{key} is not JSON: remove it and run again") from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{store.url}/{key} holds no JSON object: remove it and run again")
+    return value
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one way JSON is written: sorted keys, so equal values are equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_all(file: Any, buffer: memoryview) -> int:
+    count = 0
+    while count < len(buffer):
+        got = file.readinto(buffer[count:])
+        if not got:
+            return count
+        count += got
+    return count + len(file.read(1))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Removes temporary files of processes of this host that are gone (killed while writing)."""
+    mine = f"{_TEMPORARY}{socket.gethostname()}-"
+    for name in os.listdir(folder):
+        if name.startswith(mine):
+            pid = int(name[len(mine) :].split("-")[0])
+            if not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+                (folder / name).unlink(missing_ok=True)
+
+
+def _error_code(error: BaseException) -> str:
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))

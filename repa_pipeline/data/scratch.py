@@ -1,0 +1,169 @@
+"""A folder of limited size for unpacked tars, shared by all processes of a machine.
+
+A tar appears under its final name only when complete (rename), and stays readable to whoever has
+it open after it is evicted (unlink keeps an open file). One process unpacks a given tar, the
+others wait for it. Least recently used tars go first; tars that other processes are unpacking at
+the same moment cannot be evicted and may exceed the limit until they are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from repa_pipeline.errors import DataError, MissingError, RepaError, StageError
+
+_CHUNK_BYTES = 8 * 2**20
+_TAR, _PART, _LOCK = ".tar", ".part", ".lock"
+
+
+def default_scratch_dir() -> str:
+    """$REPA_SCRATCH, or `repa-scratch` in the machine's temporary folder."""
+    return os.environ.get("REPA_SCRATCH") or os.path.join(tempfile.gettempdir(), "repa-scratch")
+
+
+class Scratch:
+    """Unpacked tars by key, at most `limit_bytes` of them; the folder is made at the first use."""
+
+    def __init__(
+        self, folder: str, limit_bytes: int, on_evict: Callable[[str], None] = lambda key: None
+    ):
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._on_evict = on_evict
+
+    def open_unpacked(self, key: str, name: str, open_packed: Callable[[], BinaryIO]) -> int:
+        """A descriptor of the unpacked tar `key`, which the caller closes; unpacks it if absent.
+
+        name: for messages. open_packed: opens the gzip file, may raise FileNotFoundError.
+        Raises MissingError when there is no gzip file, DataError when it is damaged, StageError
+        when the tar is larger than the limit or the folder cannot be written.
+        """
+        try:
+            fd = self._open(key)
+            if fd is not None:
+                return fd
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            with self._locked(key):
+                fd = self._open(key)
+                return self._unpack(key, name, open_packed) if fd is None else fd
+        except RepaError:
+            raise
+        except OSError as error:
+            raise StageError(
+                f"cannot unpack {name} into {self._folder}: {error.strerror or error}; "
+                "free some space, lower --scratch-gb or set REPA_SCRATCH to another folder"
+            ) from None
+
+    def _path(self, key: str, suffix: str) -> str:
+        return os.path.join(self._folder, key + suffix)
+
+    def _open(self, key: str) -> int | None:
+        try:
+            fd = os.open(self._path(key, _TAR), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        os.utime(fd)
+        return fd
+
+    def _unpack(self, key: str, name: str, open_packed: Callable[[], BinaryIO]) -> int:
+        part = self._path(key, _PART)
+        written = 0
+        try:
+            with _opened(open_packed, name) as packed, open(part, "wb") as unpacked:
+                chunks = _gunzip(packed, name)
+                for chunk in chunks:
+                    written += len(chunk)
+                    if written > self._limit_bytes:
+                        raise self._too_large(name, written + sum(map(len, chunks)))
+                    self._make_room(len(chunk))
+                    unpacked.write(chunk)
+            # Opened before it gets its name: from then on another process may evict it.
+            fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+            os.replace(part, self._path(key, _TAR))
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+            raise
+        return fd
+
+    def _too_large(self, name: str, num_bytes: int) -> StageError:
+        return StageError(
+            f"{name} unpacks to {_gb(num_bytes)}, more than the scratch limit of "
+            f"{_gb(self._limit_bytes)}: raise --scratch-gb or unpack it yourself"
+        )
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evicts least recently used tars until `num_bytes` more fit."""
+        with _flock(os.path.join(self._folder, _LOCK)):
+            tars: list[tuple[int, int, str]] = []
+            total = num_bytes
+            for entry in list(os.scandir(self._folder)):
+                key, suffix = os.path.splitext(entry.name)
+                if suffix not in (_TAR, _PART) or (suffix == _PART and self._drop_stale(key)):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    total += status.st_size
+                    if suffix == _TAR:
+                        tars.append((status.st_mtime_ns, status.st_size, key))
+            for _, size, key in sorted(tars):
+                if total <= self._limit_bytes:
+                    break
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path(key, _TAR))
+                self._on_evict(key)
+                total -= size
+
+    def _drop_stale(self, key: str) -> bool:
+        """Removes what a killed process left: nobody holds the lock of that key."""
+        try:
+            with _flock(self._path(key, _LOCK), wait=False):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path(key, _PART))
+        except BlockingIOError:
+            return False
+        return True
+
+    def _locked(self, key: str) -> contextlib.AbstractContextManager[None]:
+        return _flock(self._path(key, _LOCK))
+
+
+@contextlib.contextmanager
+def _flock(path: str, *, wait: bool = True) -> Iterator[None]:
+    """An exclusive lock between threads and processes; without `wait` raises BlockingIOError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(fd)
+
+
+def _opened(open_packed: Callable[[], BinaryIO], name: str) -> BinaryIO:
+    try:
+        return open_packed()
+    except FileNotFoundError:
+        raise MissingError(f"{name} is gone: copy it again or index the source anew") from None
+
+
+def _gunzip(packed: BinaryIO, name: str) -> Iterator[bytes]:
+    unzipped = gzip.GzipFile(fileobj=packed)
+    while True:
+        try:
+            chunk = unzipped.read(_CHUNK_BYTES)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{name} is not a whole gzip file: {error}; copy it again") from None
+        if not chunk:
+            return
+        yield chunk
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB ({num_bytes} bytes)"

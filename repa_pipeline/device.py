@@ -1,0 +1,34 @@
+"""Choosing where and with how many threads to compute."""
+
+from __future__ import annotations
+
+import os
+
+from repa_pipeline.errors import ConfigError
+
+
+def choose_device(name: str) -> str:
+    """Settles a --device value; raises ConfigError for one this machine does not have."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device: got '{name}', expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu"
+        )
+    return name
+
+
+def set_threads(threads: int) -> None:
+    """Sets the CPU compute threads (0: OMP_NUM_THREADS, else all cores)."""
+    import torch
+
+    torch.set_num_threads(
+        threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+    )

@@ -1,0 +1,84 @@
+"""A frozen teacher: stored images in, patch tokens out. `load_encoder("dinov2-b", ...)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from repa_pipeline.encoders import ENCODERS, EncoderSpec
+from repa_pipeline.encoders.preprocess import preprocess
+from repa_pipeline.errors import MismatchError
+from repa_pipeline.tables import resolve
+from repa_pipeline.weights import file_sha256, resolve_weights
+
+
+class Encoder:
+    """A teacher at one resolution, in eval mode, float32, without gradients."""
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        network: nn.Module,
+        *,
+        resolution: int,
+        weights_sha256: str,
+        device: str | torch.device = "cpu",
+    ):
+        self.spec = spec
+        self.resolution = resolution
+        self.weights_sha256 = weights_sha256
+        self.device = torch.device(device)
+        self._network = network.to(self.device).eval().requires_grad_(False)
+        self._shape = (spec.num_tokens(resolution), spec.width)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens of a batch, row by row over the token grid; deterministic, no gradient.
+
+        images uint8 [B, 3, R, R], any device -> float32 [B, T, D] on this encoder's device. Raises
+        MismatchError when R is not the resolution it was loaded for, or when the network's tokens
+        are not what its table entry says.
+        """
+        side = self.resolution
+        if images.shape[2:] != (side, side):
+            raise MismatchError(
+                f"images are {list(images.shape)}: encoder '{self.spec.name}' was loaded for "
+                f"[B, 3, {side}, {side}]; load it for the images' resolution"
+            )
+        pixels = preprocess(images.to(self.device), self.spec.rule)
+        tokens: Tensor = self._network(pixels).float()
+        if tokens.shape[1:] != self._shape:
+            raise MismatchError(
+                f"encoder '{self.spec.name}' made tokens {list(tokens.shape[1:])}, its table entry "
+                f"says {list(self._shape)}: correct width and patch_size of the entry"
+            )
+        return tokens
+
+
+def find_encoder_weights(name_or_spec: str | EncoderSpec, weights: str | None = None) -> Path:
+    """The local file an encoder's weights come from; raises MissingError (weights.py)."""
+    spec = ENCODERS[name_or_spec] if isinstance(name_or_spec, str) else name_or_spec
+    return resolve_weights("encoder", spec.name, spec.weights, spec.hub, spec.hub_file, weights)
+
+
+def load_encoder(
+    name_or_spec: str | EncoderSpec,
+    *,
+    resolution: int,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Encoder:
+    """Loads a teacher for images of `resolution` pixels.
+
+    `weights` is a local file and comes before the entry's own. Raises UnknownNameError,
+    ConfigError (resolution), MissingError (no weights to be had), DamagedError or MismatchError
+    (the file).
+    """
+    spec = ENCODERS[name_or_spec] if isinstance(name_or_spec, str) else name_or_spec
+    spec.input_size(resolution)
+    path = find_encoder_weights(spec, weights)
+    network: nn.Module = resolve(spec.loader)(spec, resolution, path)
+    digest = file_sha256(path)
+    return Encoder(spec, network, resolution=resolution, weights_sha256=digest, device=device)

@@ -1,0 +1,87 @@
+"""What a method is: the arrays it reads, its networks, its loss, and how it is sampled.
+
+Interpolant, samplers and EMA act on a tuple of states, latents first, so a method may diffuse more
+than the latents (a class token beside them, say). The trainer owns data order, random draws,
+optimiser and checkpoints; the method owns everything about the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from repa_pipeline.config import TrainConfig
+from repa_pipeline.diffusion.interpolant import States
+from repa_pipeline.models import ModelSpec
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """A teacher as its sealed array describes it: grid is (rows, columns) of tokens."""
+
+    name: str
+    width: int
+    grid: tuple[int, int]
+    preserves: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the cache offers a method; latents are [latent_channels, latent_size, latent_size]."""
+
+    resolution: int
+    latent_channels: int
+    latent_size: int
+    num_classes: int
+    features: tuple[FeatureInfo, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the device.
+
+    latents: float32 [B, C, h, w], a fresh posterior sample, scaled. features: for each teacher
+    float32 [B, T, D], decoded. cond: int64 [B], the class, the null label where it was dropped.
+    """
+
+    latents: Tensor
+    features: tuple[Tensor, ...]
+    cond: Tensor
+
+
+class Method(Protocol):
+    """Built as `Class(config, model_spec, inputs)`; raises RepaError for what cannot work."""
+
+    def __init__(self, config: TrainConfig, model: ModelSpec, inputs: Inputs): ...
+
+    def build(self) -> nn.Module:
+        """The trainable module, trunk and heads, initialised from torch's global generator."""
+        ...
+
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of one sample of each state, latents first."""
+        ...
+
+    def states(self, batch: Batch) -> States:
+        """The clean states of a batch, each [B, ...], latents first."""
+        ...
+
+    def loss(
+        self, model: nn.Module, ema: nn.Module, batch: Batch, t: Tensor, noise: States
+    ) -> dict[str, Tensor]:
+        """Scalars, each a mean over the batch; "loss" is what is minimised, the others are logged.
+
+        t: float32 [B]; noise: standard normal, shaped like `states(batch)`; `ema` is frozen.
+        """
+        ...
+
+    def velocity(self, model: nn.Module, states: States, t: Tensor, cond: Tensor) -> States:
+        """Velocities of the states at times t [B]; heads that sampling does not need stay idle."""
+        ...
+
+    @property
+    def null_label(self) -> int:
+        """The label of the unconditional model."""
+        ...

@@ -1,0 +1,161 @@
+"""The table NETWORKS of frozen networks whose features judge images, and how one is loaded.
+
+A new network is one entry here and one loader function: `load(spec, path) -> nn.Module` whose
+forward maps images uint8 [B, 3, R, R] to Features. Any entry of the encoders' table serves as
+"encoder:NAME". Imports without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from repa_pipeline.errors import MismatchError, MissingError
+from repa_pipeline.tables import Table, resolve
+from repa_pipeline.weights import ASSET_PREFIX, ASSETS, file_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ENCODER_PREFIX = "encoder:"
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What is needed to load a network.
+
+    `loader` is "module:function"; `weights` a local path, or "asset:FILE" of this package, or None
+    where the user must give one; `config` the loader's own settings.
+    """
+
+    name: str
+    loader: str
+    weights: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Features(NamedTuple):
+    """pool float32 [B, D]; spatial float32 [B, S] or None; logits float32 [B, K] or None."""
+
+    pool: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class FeatureNetwork(Protocol):
+    """A loaded network."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights file, hexadecimal."""
+
+    def features(self, images: Tensor) -> Features:
+        """images uint8 [B, 3, R, R] on any device -> features on the network's; no gradient."""
+
+
+NETWORKS: Table[NetworkSpec] = Table(
+    "network",
+    [
+        NetworkSpec(
+            "digits-cnn",
+            loader="repa_pipeline.metrics.digits_cnn:load",
+            weights="asset:digits_cnn.safetensors",
+        ),
+        NetworkSpec(
+            "mobilenet-v1",
+            loader="repa_pipeline.metrics.mobilenet_v1:load",
+            config={"spatial_block": 10, "spatial_channels": 7},
+        ),
+    ],
+)
+
+
+def load_network(name: str, *, weights: str | None = None, device: str = "cpu") -> FeatureNetwork:
+    """Loads a network of the table, or "encoder:NAME" (mean of the teacher's patch tokens as pool).
+
+    `weights` is a local file and comes before the entry's own. Raises UnknownNameError,
+    MissingError (no weights to be had), DamagedError or MismatchError (the file).
+    """
+    path = find_network_weights(name, weights)
+    if name.startswith(ENCODER_PREFIX):
+        return EncoderNetwork(name, path, device)
+    spec = NETWORKS[name]
+    module: nn.Module = resolve(spec.loader)(spec, path)
+    return TableNetwork(spec.name, file_sha256(path), module, device)
+
+
+def find_network_weights(name: str, weights: str | None = None) -> Path:
+    """The local file that a network's weights come from; raises UnknownNameError, MissingError."""
+    if name.startswith(ENCODER_PREFIX):
+        find = resolve("repa_pipeline.encoders.base:find_encoder_weights")
+        found: Path = find(name.removeprefix(ENCODER_PREFIX), weights)
+        return found
+    spec = NETWORKS[name]
+    chosen = weights or spec.weights
+    ways_out = f'`--network-weights PATH`, or `[networks.{name}] weights = "PATH"` in repa.toml'
+    if chosen is None:
+        raise MissingError(f"network '{name}' loads from a local file only: give {ways_out}")
+    asset = chosen.startswith(ASSET_PREFIX)
+    path = ASSETS / chosen.removeprefix(ASSET_PREFIX) if asset else Path(chosen).expanduser()
+    if not path.is_file():
+        raise MissingError(f"no weights file at {chosen} for network '{name}': give {ways_out}")
+    return path
+
+
+class TableNetwork:
+    """A network of the table in eval mode on a device."""
+
+    def __init__(self, name: str, weights_sha256: str, module: nn.Module, device: str) -> None:
+        self.name = name
+        self.weights_sha256 = weights_sha256
+        self._device = device
+        self._module = module.to(device).eval().requires_grad_(False)
+
+    def features(self, images: Tensor) -> Features:
+        """See FeatureNetwork; raises MismatchError when images are not uint8 [B, 3, R, R]."""
+        _check_images(images)
+        found: Features = self._module(images.to(self._device))
+        return found
+
+
+class EncoderNetwork:
+    """A teacher of the encoders' table as a feature network: pool = mean of its patch tokens.
+
+    A teacher is built for one resolution, so it is loaded when the first images arrive, and again
+    when their resolution changes. The Frechet distance on DINOv2's is known as FD-DINOv2.
+    """
+
+    def __init__(self, name: str, path: Path, device: str) -> None:
+        self.name = name
+        self.weights_sha256 = file_sha256(path)
+        self._path = path
+        self._device = device
+        self._loaded: Any = None
+
+    def features(self, images: Tensor) -> Features:
+        """See FeatureNetwork; spatial and logits are None."""
+        _check_images(images)
+        return Features(self._encoder(images.shape[-1]).tokens(images).mean(dim=1))
+
+    def _encoder(self, resolution: int) -> Any:
+        if self._loaded is None or self._loaded.resolution != resolution:
+            self._loaded = resolve("repa_pipeline.encoders.base:load_encoder")(
+                self.name.removeprefix(ENCODER_PREFIX),
+                resolution=resolution,
+                weights=str(self._path),
+                device=self._device,
+            )
+        return self._loaded
+
+
+def _check_images(images: Tensor) -> None:
+    square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
+    if not square or str(images.dtype) != "torch.uint8":
+        raise MismatchError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}: expected uint8 [B, 3, R, R]"
+        )

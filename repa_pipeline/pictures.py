@@ -1,0 +1,56 @@
+"""Pictures made of arrays: grids of samples."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from repa_pipeline.data.objects import LocalStore
+
+Images = npt.NDArray[np.uint8]
+_MAX_CLASS_COLUMNS = 10
+
+
+def class_grid(images: Images, labels: npt.NDArray[np.int64], count: int) -> Images:
+    """At most `count` images uint8 [N, R, R, 3] as one picture [H, W, 3], a row a class if few.
+
+    With up to 10 classes, every row shows one class in order; otherwise images stand in order.
+    """
+    classes = np.unique(labels)
+    per_class = count // len(classes)
+    if 1 < len(classes) <= _MAX_CLASS_COLUMNS and per_class:
+        chosen = [np.flatnonzero(labels == label)[:per_class] for label in classes]
+        return _tile([images[index] for index in chosen], per_class)
+    shown = images[:count]
+    columns = math.ceil(math.sqrt(len(shown)))
+    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    return _tile(rows, columns)
+
+
+def png_bytes(image: Images) -> bytes:
+    """Encodes uint8 [H, W, 3]."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(path: Path, image: Images) -> None:
+    """Writes uint8 [H, W, 3] in one step."""
+    LocalStore(str(path.parent)).put(path.name, png_bytes(image))
+
+
+def _tile(rows: list[Images], columns: int, gap: int = 2) -> Images:
+    side = rows[0].shape[1]
+    step = side + gap
+    canvas = np.full((len(rows) * step + gap, columns * step + gap, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            top, left = gap + y * step, gap + x * step
+            canvas[top : top + side, left : left + side] = image
+    return canvas

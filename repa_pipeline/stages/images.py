@@ -1,0 +1,175 @@
+"""What the two image passes share: rows of a shard -> images -> records -> a stored shard.
+
+Read and decode run on threads, the model in fixed batches (the last one padded), so a shard's
+bytes depend on its rows and the settings alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from repa_pipeline.config import EncodeConfig
+from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
+from repa_pipeline.data.image import adm_center_crop, decode_image
+from repa_pipeline.data.index import Entry, content_digest, read_index
+from repa_pipeline.data.shards import RecordLayout
+from repa_pipeline.data.source import Item, Source
+from repa_pipeline.device import choose_device, set_threads
+from repa_pipeline.engine.contracts import Commit, Plan, Shard, Work, split_rows
+from repa_pipeline.errors import DataError
+from repa_pipeline.stages.index import cache_store, open_config_source
+
+Images = npt.NDArray[np.uint8]
+Records = npt.NDArray[np.generic]
+Encode = Callable[[Images], Records]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStage:
+    """A pass over all images that writes one array. Subclasses say which model and which array."""
+
+    config: EncodeConfig
+    spec: ArraySpec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def load(self, device: str) -> Encode:
+        """Loads the weights; returns uint8 [b, R, R, 3] -> records [b, ...] of the spec's dtype."""
+        raise NotImplementedError
+
+    def plan(self) -> Plan:
+        return Plan(
+            where=f"{cache_store(self.config).url}/{self.spec.name}",
+            fingerprint=self.spec.fingerprint,
+            shards=split_rows(self.spec.num_rows, self.spec.layout.shard_rows),
+            num_rows=self.spec.num_rows,
+            num_bytes=self.spec.num_bytes,
+        )
+
+    def begin(self) -> None:
+        begin_array(cache_store(self.config), self.spec)
+
+    def open(self) -> Work:
+        set_threads(self.config.threads)
+        store, source = cache_store(self.config), open_config_source(self.config)
+        entries = read_index(store).entries
+        encode = self.load(choose_device(self.config.device))
+
+        def work(shard: Shard) -> Commit:
+            rows = entries[shard.start : shard.stop]
+            images, read_s, decode_s = load_images(source, rows, self.config)
+            began = time.perf_counter()
+            records = encode_in_batches(encode, images, self.config.batch_size)
+            _check_finite(records, rows)
+            encode_s = time.perf_counter() - began
+            began = time.perf_counter()
+            num_bytes, sha256 = write_shard(store, self.spec, shard.index, records)
+            seconds = {
+                "read": round(read_s, 3),
+                "decode": round(decode_s, 3),
+                "encode": round(encode_s, 3),
+                "write": round(time.perf_counter() - began, 3),
+            }
+            return Commit(shard.index, len(rows), num_bytes, sha256, seconds)
+
+        return work
+
+    def seal(self, commits: list[Commit]) -> None:
+        shards = [
+            {"index": c.index, "rows": c.rows, "num_bytes": c.num_bytes, "sha256": c.sha256}
+            for c in commits
+        ]
+        seal_array(cache_store(self.config), self.spec, shards)
+
+    def is_sealed(self) -> bool:
+        return cache_store(self.config).size(f"{self.spec.name}/seal.json") is not None
+
+    def stands(self, commit: Commit) -> bool:
+        key = self.spec.shard_key(commit.index)
+        return cache_store(self.config).size(key) == commit.num_bytes
+
+
+def common_manifest(config: EncodeConfig, index: Any) -> dict[str, Any]:
+    """The settings of both passes that decide bytes, and the rows they belong to."""
+    return {
+        "resolution": config.resolution,
+        "prepare": {"crop": "adm-center", **index.manifest["decode"]},
+        "batch_size": config.batch_size,
+        "rows_digest": index.manifest["rows_digest"],
+        "num_rows": index.num_rows,
+    }
+
+
+def array_spec(
+    name: str, index: Any, shape: tuple[int, ...], dtype: str, manifest: dict[str, Any]
+) -> ArraySpec:
+    """The array `name` over the rows of `index`, in the index's partition."""
+    layout = RecordLayout(shape, dtype, index.manifest["shard_rows"])
+    return ArraySpec(name, index.num_rows, layout, manifest)
+
+
+def load_images(
+    source: Source, rows: tuple[Entry, ...], config: EncodeConfig
+) -> tuple[Images, float, float]:
+    """Reads, decodes and crops the rows' images.
+
+    Returns uint8 [n, R, R, 3] and the seconds of reading and of decoding, summed over threads.
+    Raises DataError when the source's bytes are not the indexed ones.
+    """
+    images = np.empty((len(rows), config.resolution, config.resolution, 3), np.uint8)
+
+    def load(i: int) -> tuple[float, float]:
+        began = time.perf_counter()
+        data = _read_indexed(source, rows[i])
+        middle = time.perf_counter()
+        upright = config.exif == "upright"
+        decoded = decode_image(data, upright=upright, max_pixels=config.max_pixels)
+        images[i] = adm_center_crop(decoded.image, config.resolution)
+        return middle - began, time.perf_counter() - middle
+
+    with ThreadPoolExecutor(config.decode_threads) as pool:
+        times = list(pool.map(load, range(len(rows))))
+    return images, sum(t[0] for t in times), sum(t[1] for t in times)
+
+
+def encode_in_batches(encode: Encode, images: Images, batch_size: int) -> Records:
+    """Encodes images uint8 [n, R, R, 3] in batches of exactly `batch_size`, padding the last."""
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        missing = batch_size - len(batch)
+        if missing:
+            batch = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)])
+        parts.append(encode(batch)[: batch_size - missing])
+    return np.concatenate(parts)
+
+
+def _read_indexed(source: Source, row: Entry) -> bytes:
+    data = source.read(Item(row.key, row.label, row.path, row.offset, row.num_bytes))
+    if content_digest(data) != row.digest:
+        raise DataError(
+            f"image {row.key} ({row.path}) is not the one that was indexed: restore it, or "
+            "start a new --workspace"
+        )
+    return data
+
+
+def _check_finite(records: Records, rows: tuple[Entry, ...]) -> None:
+    if not np.issubdtype(records.dtype, np.floating):
+        return
+    bad = ~np.isfinite(records).all(axis=tuple(range(1, records.ndim)))
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise DataError(
+            f"image {rows[row].key} gives values that are not finite in {records.dtype}: check "
+            "the weights, or exclude the image from the source"
+        )

@@ -1,0 +1,140 @@
+"""`repa selftest`: our code against reference vectors, file by file and group by group.
+
+    report = run_selftest("golden", device="cuda", dtype="bf16")
+
+A vector file is recognised by its keys, never by its name or sizes. float32 (TF32 off) must agree
+to the last digits; tf32 and bf16 show what a faster precision costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from repa_pipeline.errors import ConfigError, MissingError
+from repa_pipeline.stages.selftest_arrays import array_groups, unknown_arrays
+from repa_pipeline.stages.selftest_report import (
+    Group,
+    GroupResult,
+    Precision,
+    SelftestReport,
+    Skipped,
+    run_group,
+)
+
+__all__ = ["GroupResult", "SelftestReport", "Skipped", "run_selftest"]
+
+
+class _NotVectors(Exception):
+    """Why a file is not checked."""
+
+
+def run_selftest(vectors: str, device: str = "cpu", dtype: Precision = "float32") -> SelftestReport:
+    """Checks every vector file in a folder; see SelftestReport.
+
+    Errors are max|a-b| / min(1, max|b|), but max|a-b| / max|b| for metrics and in tf32 and bf16.
+    Metrics, crops and encoder inputs are always checked in their own precision, on the CPU.
+    Raises MissingError when the folder is absent or nothing in it could be checked, ConfigError
+    for an unknown dtype or a device that is not there.
+    """
+    folder = Path(vectors)
+    _check(folder, device, dtype)
+    results: list[GroupResult] = []
+    skipped: list[Skipped] = []
+    with _tf32(dtype == "tf32"):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            try:
+                groups, unknown = _open(path, device, dtype)
+            except _NotVectors as reason:
+                skipped.append(Skipped(path.name, str(reason)))
+                continue
+            skipped += [Skipped(path.name, f"{name}: not known here") for name in unknown]
+            results += [run_group(path.name, group, dtype) for group in groups]
+    if not results:
+        raise MissingError(
+            f"nothing in {vectors} can be checked: got "
+            f"{[f'{skip.file} ({skip.reason})' for skip in skipped][:5]}, expected SiT vectors "
+            "(.safetensors) or preprocessing, ADM metrics or resize vectors (.npz)"
+        )
+    return SelftestReport(str(vectors), device, dtype, tuple(results), tuple(skipped))
+
+
+def _check(folder: Path, device: str, dtype: str) -> None:
+    import torch
+
+    if dtype not in get_args(Precision):
+        raise ConfigError(f"dtype is '{dtype}': expected one of {', '.join(get_args(Precision))}")
+    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is '{device}' but there is no CUDA device: use --device cpu")
+    if not folder.is_dir():
+        raise MissingError(f"no folder {folder}: give the folder with the reference vectors")
+
+
+@contextlib.contextmanager
+def _tf32(enabled: bool) -> Iterator[None]:
+    """TF32 on or off for matrix products and convolutions, restored afterwards."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _open(path: Path, device: str, dtype: Precision) -> tuple[list[Group], list[str]]:
+    """The groups of a file, and the expected arrays in it that no group covers.
+
+    Raises _NotVectors with the reason when the file is of no known format, cannot be read, or has
+    not all the arrays of any group.
+    """
+    if path.suffix == ".safetensors":
+        groups, unknown = _open_safetensors(path, device, dtype)
+    elif path.suffix == ".npz":
+        groups, unknown = _open_npz(path)
+    else:
+        raise _NotVectors("not a vector file: neither .safetensors nor .npz")
+    if not groups:
+        raise _NotVectors(
+            "no group of a known format has all its arrays"
+            + (f"; not known here: {', '.join(unknown[:5])}" if unknown else "")
+        )
+    return groups, unknown
+
+
+def _open_safetensors(path: Path, device: str, dtype: Precision) -> tuple[list[Group], list[str]]:
+    from safetensors import SafetensorError, safe_open
+
+    from repa_pipeline.stages.selftest_model import SitVectors
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            if "config" not in metadata or not any(name.startswith("model.") for name in names):
+                raise _NotVectors("not SiT vectors: no 'config' in the metadata or no 'model.*'")
+            config = json.loads(metadata["config"])
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _NotVectors(f"cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise _NotVectors("not SiT vectors: 'config' in the metadata is no JSON object")
+    vectors = SitVectors(tensors, config, device, dtype)
+    return vectors.groups(), vectors.unknown()
+
+
+def _open_npz(path: Path) -> tuple[list[Group], list[str]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _NotVectors(f"cannot be read: {error}") from error
+    return array_groups(arrays), unknown_arrays(arrays)

@@ -1,0 +1,1 @@
+"""What one training run is made of: inputs, random draws, the step, checkpoints."""

@@ -1,0 +1,144 @@
+"""Checkpoints: written in one step, verified before use, loadable with weights_only=True.
+
+step-00000400.pt     tensors and plain values only
+step-00000400.json   size and sha256; written after the file, so its presence says "complete"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
+from repa_pipeline.errors import DamagedError, MissingError, RepaError, StageError
+
+FORMAT_VERSION = 1
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of the checkpoint after `step` optimiser steps."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
+    """Writes a checkpoint so that it is there completely or not at all.
+
+    Raises StageError when the disk does not take it; older checkpoints stay.
+    """
+    final = checkpoint_path(folder, step)
+    temporary = final.with_suffix(".pt.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            hashing = _HashingFile(file)
+            torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, hashing)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+        marker = {"sha256": hashing.sha256.hexdigest(), "num_bytes": final.stat().st_size}
+        LocalStore(str(folder)).put(final.with_suffix(".json").name, json_bytes(marker))
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StageError(
+            f"cannot write checkpoint {final}: {error}; free some space and run the same command "
+            "again, it goes on from the last complete checkpoint"
+        ) from error
+    return final
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.json"))
+
+
+def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Loads a checkpoint file; never unpickles code.
+
+    Raises MissingError when absent, DamagedError when it is torn, altered or not ours.
+    """
+    if not path.is_file():
+        raise MissingError(f"no checkpoint {path}: check --run or --checkpoint")
+    marker_path = path.with_suffix(".json")
+    if marker_path.is_file():
+        _check_marker(path, get_json(LocalStore(str(path.parent)), marker_path.name))
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        version = content["format_version"]
+    except Exception as error:  # torch raises many kinds for a file it cannot read
+        raise DamagedError(
+            f"{path} is not a checkpoint of this package ({type(error).__name__}): use another one"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise DamagedError(
+            f"{path} has format version {version}, this package reads {FORMAT_VERSION}: use the "
+            "package version that wrote it"
+        )
+    loaded: dict[str, Any] = content
+    return loaded
+
+
+def load_newest(folder: Path, device: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest sound checkpoint (None without any) and what was wrong with newer ones.
+
+    Raises DamagedError when there are checkpoints and none is sound.
+    """
+    faults: list[str] = []
+    for step in reversed(complete_steps(folder)):
+        try:
+            return load_checkpoint(checkpoint_path(folder, step), device), faults
+        except RepaError as error:
+            faults.append(str(error))
+    if faults:
+        raise DamagedError(
+            f"no sound checkpoint in {folder}: {faults[0]}; restore one, or remove the run's "
+            "folder to start over"
+        )
+    return None, []
+
+
+def prune(folder: Path, keep: int, protect: set[int]) -> None:
+    """Removes all but the newest `keep` checkpoints and the protected ones."""
+    for step in complete_steps(folder)[:-keep]:
+        if step not in protect:
+            path = checkpoint_path(folder, step)
+            path.with_suffix(".json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_marker(path: Path, marker: Mapping[str, Any]) -> None:
+    size = path.stat().st_size
+    if size != marker["num_bytes"]:
+        raise DamagedError(
+            f"checkpoint {path} is torn: got {size} bytes, expected {marker['num_bytes']}"
+        )
+    if file_digest(path) != marker["sha256"]:
+        raise DamagedError(f"checkpoint {path} is damaged: its sha256 is not the recorded one")
+
+
+class _HashingFile:
+    """Hashes what passes on its way into a file."""
+
+    def __init__(self, file: Any):
+        self.sha256 = hashlib.sha256()
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        written: int = self._file.write(data)
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()

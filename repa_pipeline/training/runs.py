@@ -1,0 +1,147 @@
+"""Runs: folders under WORKSPACE/runs, each with its settings, checkpoints and logs.
+
+NAME/run.json       settings and data digests, written when the run starts
+NAME/checkpoints/   NAME/events.jsonl   NAME/tensorboard/   NAME/previews/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from repa_pipeline.config import CommonConfig, TrainConfig, as_json, decisions
+from repa_pipeline.data.array import first_difference
+from repa_pipeline.data.objects import LocalStore, json_bytes
+from repa_pipeline.errors import ConfigError, MismatchError, MissingError, StageError
+from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def runs_folder(config: CommonConfig) -> Path:
+    """The local folder of runs; raises ConfigError for a remote workspace without --runs-dir."""
+    if config.runs_dir:
+        return Path(config.runs_dir)
+    if "://" in config.workspace:
+        raise ConfigError(
+            f"runs are written to a local folder, the workspace is {config.workspace}: give "
+            "--runs-dir FOLDER"
+        )
+    return Path(config.workspace) / "runs"
+
+
+def default_name(config: TrainConfig, teachers: tuple[str, ...], method: str) -> str:
+    """The name of a run that was given none: model, then teachers or the method's name."""
+    model = config.model.lower().replace("/", "-")
+    what = "+".join(teachers) if teachers else ("vanilla" if method == "sit" else method)
+    return f"{model}.{what}" + (f".seed{config.seed}" if config.seed else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run on disk."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def last_step(self) -> int:
+        """Steps of the newest complete checkpoint, 0 without one."""
+        steps = complete_steps(self.checkpoints)
+        return steps[-1] if steps else 0
+
+    def newest_checkpoint(self) -> Path:
+        """The newest complete checkpoint; raises MissingError when there is none."""
+        if not self.last_step():
+            raise MissingError(f"run {self.name} has no checkpoint yet: run `repa train` first")
+        return checkpoint_path(self.checkpoints, self.last_step())
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says; raises MissingError when there is no such run."""
+        path = self.folder / "run.json"
+        if not path.is_file():
+            raise MissingError(f"no run at {self.folder}: `repa runs` lists them")
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+
+
+def list_runs(config: CommonConfig) -> list[Run]:
+    """All runs of the workspace, by name."""
+    folder = runs_folder(config)
+    return [Run(path.parent) for path in sorted(folder.glob("*/run.json"))]
+
+
+def find_run(config: CommonConfig, name: str | None) -> Run:
+    """The run called `name`, or the only one; raises rather than guess between several."""
+    runs = list_runs(config)
+    if name is not None:
+        run = Run(runs_folder(config) / name)
+        if not (run.folder / "run.json").is_file():
+            known = ", ".join(run.name for run in runs) or "none"
+            raise MissingError(f"no run '{name}' in {runs_folder(config)}: known are {known}")
+        return run
+    if not runs:
+        raise MissingError(f"no runs in {runs_folder(config)}: run `repa train` first")
+    if len(runs) > 1:
+        raise ConfigError(
+            f"{len(runs)} runs in {runs_folder(config)} ({', '.join(r.name for r in runs)}): "
+            "choose with --run NAME"
+        )
+    return runs[0]
+
+
+def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
+    """Starts a run, or goes on with the one that stands there.
+
+    `decided` holds the settings and data digests that decide its curve. Raises MismatchError
+    when the standing run was started with others, ConfigError for a bad name or --no-resume.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"run name '{name}': expected letters, digits, '.', '_', '-' only")
+    run = Run(runs_folder(config) / name)
+    wanted = json.loads(json.dumps({"settings": decisions(config), **decided}))
+    if not (run.folder / "run.json").is_file():
+        record = {"decided": wanted, "config": as_json(config)}
+        LocalStore(str(run.folder)).put("run.json", json_bytes(record))
+        return run
+    if not config.resume:
+        raise ConfigError(f"run '{name}' exists and --no-resume was given: choose another name")
+    difference = first_difference(run.record()["decided"], wanted)
+    if difference:
+        key, there, here = difference
+        raise MismatchError(
+            f"run '{name}' was started with other settings: {key} is {there!r} there, {here!r} "
+            "now; set it back or choose another name"
+        )
+    return run
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Holds the run's lock; raises StageError when another process trains it."""
+    with open(run.folder / "lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise StageError(
+                f"run '{run.name}' is being trained by process {file.read().strip() or '?'}: wait "
+                "for it or stop it"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
