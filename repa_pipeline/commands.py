@@ -164,13 +164,27 @@ def print_config(command: str | None, project: Project) -> None:
 def run_selftest_command(vectors: str, device: str, dtype: str) -> int:
     """`repa selftest`; returns the exit code: 0 within tolerance, 1 above."""
     from repa_pipeline.device import choose_device
-    from repa_pipeline.errors import ConfigError
     from repa_pipeline.stages.selftest import run_selftest
 
-    if dtype not in ("float32", "tf32", "bf16"):
-        raise ConfigError(f"dtype: got '{dtype}', expected float32, tf32 or bf16")
-    found = run_selftest(vectors, choose_device(device), dtype)
-    _say(found.text())
+    wanted: Any = dtype  # run_selftest refuses an unknown one
+    found = run_selftest(vectors, choose_device(device), wanted)
+    for group in found.groups:
+        worst = "-" if group.worst is None else f"{group.worst:.3g}"
+        limit = "reported only" if group.tolerance is None else f"tolerance {group.tolerance:g}"
+        verdict = "ok" if group.passed else "FAILED"
+        about = f" in {group.worst_array}" if group.worst_array and not group.passed else ""
+        problem = f": {group.problem}" if group.problem else ""
+        _say(
+            f"{verdict:6}  {group.file}  {group.group}  worst error {worst} ({limit}, "
+            f"{group.num_arrays} arrays){about}{problem}"
+        )
+    for skipped in found.skipped:
+        _say(f"skipped  {skipped.file}: {skipped.reason}")
+    failed = sum(not group.passed for group in found.groups)
+    _say(
+        f"selftest on {found.device}, {found.dtype}: {len(found.groups) - failed} groups passed, "
+        f"{failed} failed, {len(found.skipped)} skipped"
+    )
     return 0 if found.passed else 1
 
 

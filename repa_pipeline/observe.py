@@ -65,7 +65,8 @@ class Bar:
 
     def start(self, title: str, total: int, done: int, unit: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress as Rich, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Rich
 
         self.at_start, self.began, self.unit = done, time.monotonic(), unit
         self.bar = Rich(

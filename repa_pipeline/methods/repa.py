@@ -95,7 +95,7 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> T
     """Average-pools tokens [B, T, D] of `grid` to the grid `to`, which divides it."""
     if grid == to:
         return tokens
-    maps = tokens.transpose(1, 2).unflatten(2, grid)
+    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
     pooled = F.avg_pool2d(maps, (grid[0] // to[0], grid[1] // to[1]))
     return pooled.flatten(2).transpose(1, 2)
 

@@ -28,6 +28,8 @@ from repa_pipeline.registry import encoder_spec, load_plugins, network_spec
 from repa_pipeline.training.runs import find_run, list_runs
 
 if TYPE_CHECKING:
+    import torch
+
     from repa_pipeline.metrics.networks import FeatureNetwork
     from repa_pipeline.metrics.statistics import RunningStatistics
 
@@ -170,30 +172,33 @@ def _extract(
     pool, spatial = RunningStatistics(), RunningStatistics()
     rows: list[npt.NDArray[np.float32]] = []
     logits: list[npt.NDArray[np.float32]] = []
-    has_spatial, kept = False, 0
+    kept = 0
     progress.start(title, total, 0, "images")
     try:
         for block in _rebatch(blocks, max(_BLOCK_ROWS, config.batch_size)):
             pixels = torch.from_numpy(block).permute(0, 3, 1, 2)
-            found = [network.features(part) for part in pixels.split(config.batch_size)]
-            pools = np.concatenate([f.pool.cpu().numpy() for f in found])
+            found = [network.features(part) for part in torch.split(pixels, config.batch_size)]
+            pools = _joined([features.pool for features in found])
             pool.update(pools)
             rows.append(pools[: max(0, keep - kept)])
             kept += len(rows[-1])
-            if found[0].spatial is not None:
-                has_spatial = True
-                spatial.update(np.concatenate([f.spatial.cpu().numpy() for f in found]))
-            if found[0].logits is not None:
-                logits.append(np.concatenate([f.logits.cpu().numpy() for f in found]))
+            spatials = [f.spatial for f in found if f.spatial is not None]
+            if spatials:
+                spatial.update(_joined(spatials))
+            logits += [_joined([f.logits]) for f in found if f.logits is not None]
             progress.advance(len(block))
     finally:
         progress.finish()
     return FeatureSet(
         pool,
-        spatial if has_spatial else None,
+        spatial if spatial.n else None,
         np.concatenate(rows),
         np.concatenate(logits) if logits else None,
     )
+
+
+def _joined(parts: list[torch.Tensor]) -> npt.NDArray[np.float32]:
+    return np.concatenate([part.float().cpu().numpy() for part in parts])
 
 
 def _rebatch(blocks: Iterator[Images], rows: int) -> Iterator[Images]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -143,7 +144,7 @@ class IndexStage:
         return cache_store(self.config).size(key) == commit.num_bytes
 
 
-def listing_digest(items: tuple[Item, ...]) -> str:
+def listing_digest(items: Sequence[Item]) -> str:
     """sha256 of a source's listing: keys, labels and where the bytes are."""
     total = hashlib.sha256()
     for item in items:
@@ -170,7 +171,7 @@ def _examine(source: Source, config: IndexConfig, item: Item) -> Entry:
     from repa_pipeline.data.image import decode_image
 
     data = source.read(item)
-    common = {
+    common: dict[str, Any] = {
         "key": item.key,
         "label": item.label or 0,
         "path": item.path,

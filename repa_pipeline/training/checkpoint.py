@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
-            hashing = _HashingFile(file)
+            hashing: Any = _HashingFile(file)
             torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, hashing)
             file.flush()
             os.fsync(file.fileno())
