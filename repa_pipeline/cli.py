@@ -57,7 +57,7 @@ def _root(
 
 def _default_text(command: str, field: dataclasses.Field[Any]) -> str:
     """The default as help shows it, with the presets that differ from it."""
-    if field.default is dataclasses.MISSING or field.default in (None, (), False):
+    if field.default is None or field.default is False or field.default == ():
         texts = []
     else:
         texts = [f"default: {_show(field.default)}"]
@@ -80,8 +80,7 @@ def _parameter(command: str, field: dataclasses.Field[Any], hint: Any) -> inspec
     flag = "--" + field.name.replace("_", "-")
     flags, metavar, kind = [flag], None, hint
     if hint is bool:
-        flags = [f"{flag}/--no-{flag[2:]}"] if field.default else [flag]
-        kind = bool | None
+        flags, kind = [f"{flag}/--no-{flag[2:]}"], bool | None
     elif typing.get_origin(hint) is tuple:
         many = typing.get_args(hint)[-1] is Ellipsis
         kind = list[str] | None if many else str | None
@@ -190,6 +189,7 @@ def _fail(message: str, code: int) -> NoReturn:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's error is one line and exit code 2; a bug keeps its traceback."""
     command = typer.main.get_command(app)
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = command.main(arguments, prog_name="repa", standalone_mode=False)
     except RepaError as error:

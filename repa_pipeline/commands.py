@@ -121,6 +121,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def runs(config: RunsConfig) -> None:
     """`repa runs`."""
+    from repa_pipeline.training.inputs import part_name
     from repa_pipeline.training.runs import list_runs, runs_folder
 
     found = list_runs(config)
@@ -129,7 +130,8 @@ def runs(config: RunsConfig) -> None:
     for run in found:
         record = run.record()
         settings = record["config"]
-        teachers = [n.split(".")[1] for n in record["decided"]["data"]["arrays"] if n[0] == "f"]
+        arrays = record["decided"]["data"]["arrays"]
+        teachers = [part_name(name) for name in arrays if name.startswith("features.")]
         _say(
             f"{run.name}  step {run.last_step():,} of {settings['steps']:,}  {settings['model']}  "
             f"{', '.join(teachers) or 'vanilla'}  seed {settings['seed']}  {run.folder}"

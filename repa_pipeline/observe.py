@@ -99,14 +99,15 @@ def progress_for_stream() -> Progress:
 class RunLog:
     """Events of one training run: `events.jsonl` and TensorBoard files in `folder`.
 
-    Opening it at step s drops what a killed run logged after s, so that the curve of a resumed
-    run is the curve of an undisturbed one.
+    Opening it at step s drops what a killed run logged after s, and the means of an interval of
+    `every` steps that the end of a run cut short, so that the curve of a resumed run is the curve
+    of an undisturbed one.
     """
 
-    def __init__(self, folder: Path, from_step: int, tensorboard: bool = True):
+    def __init__(self, folder: Path, from_step: int, every: int = 1, tensorboard: bool = True):
         self.path = folder / "events.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self._drop_after(from_step)
+        self._drop_after(from_step, every)
         self._file = open(self.path, "a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
@@ -150,10 +151,15 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, every: int) -> None:
         if not self.path.exists():
             return
-        kept = [json.dumps(r) + "\n" for r in read_events(self.path) if r["step"] <= step]
+        kept = [
+            json.dumps(record) + "\n"
+            for record in read_events(self.path)
+            if record["step"] <= step
+            and not (record["event"] == "scalars" and record["step"] % every)
+        ]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)

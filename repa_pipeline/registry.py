@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from repa_pipeline.autoencoders import AUTOENCODERS, AutoencoderSpec
@@ -14,6 +16,7 @@ from repa_pipeline.errors import ConfigError
 from repa_pipeline.methods import METHODS, MethodSpec
 from repa_pipeline.metrics.networks import NETWORKS, NetworkSpec
 from repa_pipeline.models import MODELS, ModelSpec
+from repa_pipeline.resolve import convert, type_name
 from repa_pipeline.tables import Named, Table
 
 TABLES: dict[str, Table[Any]] = {
@@ -77,16 +80,35 @@ def network_spec(config: CommonConfig, name: str) -> NetworkSpec:
 
 def _entry(config: CommonConfig, kind: str, table: Table[T], name: str) -> T:
     load_plugins(config.plugins)
+    _check_overridden_names(config)
     entry: Any = table[name]
     changes = config.overrides.get(f"{kind}.{entry.name}") or config.overrides.get(f"{kind}.{name}")
     if not changes:
         found: T = entry
         return found
-    known = {field.name for field in dataclasses.fields(entry)}
-    for key in changes:
-        if key not in known or key == "name":
-            raise ConfigError(
-                f"[{kind}.{name}] has no setting '{key}': known are {', '.join(sorted(known))}"
-            )
-    changed: T = dataclasses.replace(entry, **changes)
+    hints = typing.get_type_hints(type(entry))
+    typed = {key: _typed(f"[{kind}.{name}]", key, value, hints) for key, value in changes.items()}
+    changed: T = dataclasses.replace(entry, **typed)
     return changed
+
+
+def _check_overridden_names(config: CommonConfig) -> None:
+    """Raises UnknownNameError for a section of repa.toml whose entry is in no table."""
+    for section in config.overrides:
+        kind, _, name = section.partition(".")
+        _ = TABLES[kind][name]
+
+
+def _typed(section: str, key: str, value: Any, hints: dict[str, Any]) -> Any:
+    """An override's value as the entry's own type; raises ConfigError."""
+    if key not in hints or key == "name":
+        known = ", ".join(sorted(hints.keys() - {"name"}))
+        raise ConfigError(f"{section} has no setting '{key}': known are {known}")
+    if isinstance(value, dict) and typing.get_origin(hints[key]) is Mapping:
+        return value
+    try:
+        return convert(hints[key], value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{key} ({section}): got {value!r}, expected {type_name(hints[key])}"
+        ) from error

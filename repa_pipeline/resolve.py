@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 import types
@@ -38,7 +39,10 @@ class Resolved:
     origins: Mapping[str, str]
 
 
-_PATHS = ("source", "workspace", "runs_dir", "scratch", "weights", "reference")
+_PATHS = (
+    *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
+    *("weights", "decoder_weights", "network_weights", "output"),
+)
 _ENTRY_TABLES = ("encoders", "autoencoders", "models", "methods", "networks")
 
 
@@ -127,10 +131,10 @@ def _project_layer(command: str, project: Project) -> dict[str, tuple[Any, str]]
 
 
 def _relative_to(folder: Path, value: Any) -> Any:
-    """Paths in repa.toml are relative to its folder; URLs and embedded: sources are not paths."""
-    if not isinstance(value, str) or "://" in value or value.startswith("embedded:"):
+    """Paths in repa.toml are relative to its folder; URLs, embedded: and asset: are not paths."""
+    if not isinstance(value, str) or "://" in value or value.startswith(("embedded:", "asset:")):
         return value
-    return "::".join(os.path.join(folder, part) for part in value.split("::"))
+    return "::".join(os.path.join(folder, os.path.expanduser(part)) for part in value.split("::"))
 
 
 def _overrides(project: Project) -> dict[str, dict[str, Any]]:
@@ -186,10 +190,10 @@ def _known(path: Path, key: str, names: set[str], what: str) -> None:
 
 def _parse(field: dataclasses.Field[Any], hint: Any, raw: Any, origin: str) -> Any:
     try:
-        value = _convert(hint, raw)
+        value = convert(hint, raw)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{field.name} ({origin}): got {raw!r}, expected {_type_name(hint)}"
+            f"{field.name} ({origin}): got {raw!r}, expected {type_name(hint)}"
         ) from error
     choices = field.metadata["choices"]
     if choices and value not in choices:
@@ -203,10 +207,11 @@ def _parse(field: dataclasses.Field[Any], hint: Any, raw: Any, origin: str) -> A
     return value
 
 
-def _convert(hint: Any, raw: Any) -> Any:
+def convert(hint: Any, raw: Any) -> Any:
+    """`raw` (a flag's text or a TOML value) as type `hint`; raises TypeError or ValueError."""
     if isinstance(hint, types.UnionType):
         inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-        return None if raw is None else _convert(inner, raw)
+        return None if raw is None else convert(inner, raw)
     if typing.get_origin(hint) is tuple:
         return _convert_tuple(typing.get_args(hint), raw)
     if hint is bool:
@@ -217,6 +222,8 @@ def _convert(hint: Any, raw: Any) -> Any:
         if isinstance(raw, float) and not raw.is_integer():
             raise ValueError(raw)
         return int(raw)
+    if hint is float and not math.isfinite(float(raw)):
+        raise ValueError(raw)
     return hint(raw)
 
 
@@ -236,18 +243,19 @@ def _convert_tuple(args: tuple[Any, ...], raw: Any) -> tuple[Any, ...]:
         for piece in (part.split(",") if isinstance(part, str) else [part])
     ]
     if args[-1] is Ellipsis:
-        return tuple(_convert(args[0], piece) for piece in flat if piece != "")
+        return tuple(convert(args[0], piece) for piece in flat if piece != "")
     if len(flat) != len(args):
         raise ValueError(raw)
-    return tuple(_convert(arg, piece) for arg, piece in zip(args, flat, strict=True))
+    return tuple(convert(arg, piece) for arg, piece in zip(args, flat, strict=True))
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """What a user calls the type `hint`."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if isinstance(hint, types.UnionType):
-        return _type_name(next(a for a in typing.get_args(hint) if a is not type(None)))
+        return type_name(next(a for a in typing.get_args(hint) if a is not type(None)))
     if typing.get_origin(hint) is tuple:
         args = typing.get_args(hint)
         count = "" if args[-1] is Ellipsis else f"{len(args)} of: "
-        return f"a comma-separated list ({count}{_type_name(args[0])})"
+        return f"a comma-separated list ({count}{type_name(args[0])})"
     return names.get(hint, str(hint))

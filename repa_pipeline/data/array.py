@@ -95,7 +95,7 @@ def begin_array(store: ObjectStore, spec: ArraySpec) -> None:
     key = f"{spec.name}/zarr.json"
     if store.put_new(key, json_bytes(spec.zarr_metadata())):
         return
-    check_same_manifest(f"{store.url}/{spec.name}", get_json(store, key)["attributes"], spec)
+    _check_metadata(store, spec)
 
 
 def check_same_manifest(where: str, stored: Mapping[str, Any], spec: ArraySpec) -> None:
@@ -107,6 +107,21 @@ def check_same_manifest(where: str, stored: Mapping[str, Any], spec: ArraySpec) 
         raise MismatchError(
             f"{where} was made with other settings: {name} is {got!r} there, {expected!r} now; "
             "set it back, remove that folder, or use another --workspace"
+        )
+
+
+def _check_metadata(store: ObjectStore, spec: ArraySpec) -> None:
+    """zarr.json must describe the array of `spec`; keys that zarr added are left alone."""
+    where = f"{store.url}/{spec.name}"
+    stored = get_json(store, f"{spec.name}/zarr.json")
+    check_same_manifest(where, stored.get("attributes", {}), spec)
+    wanted = json.loads(json.dumps(spec.zarr_metadata()))
+    difference = first_difference({key: stored.get(key) for key in wanted}, wanted)
+    if difference:
+        name, got, expected = difference
+        raise MismatchError(
+            f"{where}/zarr.json says {name} is {got!r}, expected {expected!r}: the array was made "
+            "with another partition or is damaged; remove that folder, or use another --workspace"
         )
 
 
@@ -156,7 +171,7 @@ def seal_array(store: ObjectStore, spec: ArraySpec, shards: list[dict[str, Any]]
         "shard_rows": spec.layout.shard_rows,
         "shards": shards,
     }
-    store.put(f"{spec.name}/seal.json", json_bytes(seal))
+    store.put(f"{spec.name}/seal.json", json_bytes({**seal, "seal_sha256": fingerprint(seal)}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,20 +232,19 @@ def open_sealed(store: ObjectStore, name: str, made_by: str) -> SealedArray:
             f"{store.url}/{key} has format version {seal.get('format_version')!r}, this package "
             f"reads {FORMAT_VERSION}: use the package version that wrote it"
         )
+    digest = seal.pop("seal_sha256", None)
     try:
         layout = RecordLayout(tuple(seal["record_shape"]), seal["dtype"], seal["shard_rows"])
         spec = ArraySpec(name, seal["num_rows"], layout, seal["manifest"])
-        sound = spec.fingerprint == seal["fingerprint"]
-        complete = len(seal["shards"]) == spec.num_shards
     except (KeyError, TypeError) as error:
         raise DamagedError(
-            f"{store.url}/{key} lacks {error}: not a seal of this package"
+            f"{store.url}/{key} is not a seal of this package ({error}): remove it and run "
+            f"`repa {made_by}` again"
         ) from error
-    if not sound or not complete:
+    if digest != fingerprint(seal):
         raise DamagedError(
-            f"{store.url}/{key} does not vouch for its array (fingerprint or shard list is "
-            f"wrong): remove it and run `repa {made_by}` again"
+            f"{store.url}/{key} is damaged, its checksum is not the recorded one: remove it and "
+            f"run `repa {made_by}` again"
         )
-    attributes = get_json(store, f"{name}/zarr.json").get("attributes", {})
-    check_same_manifest(f"{store.url}/{name}", attributes, spec)
+    _check_metadata(store, spec)
     return SealedArray(store, spec, tuple(seal["shards"]))

@@ -56,12 +56,12 @@ class ObjectStore(Protocol):
 
 
 def open_store(url: str) -> ObjectStore:
-    """Opens a folder (plain path or file://) or any URL fsspec knows.
+    """Opens a folder (plain path, file:// or local://) or any URL fsspec knows.
 
     Raises StageError when the protocol's library is not installed.
     """
-    if url.startswith("file://"):
-        url = url[len("file://") :]
+    for protocol in ("file://", "local://"):
+        url = url.removeprefix(protocol)
     return RemoteStore(url) if "://" in url else LocalStore(url)
 
 
@@ -84,7 +84,7 @@ class LocalStore:
         try:
             with open(self.root / key, "rb", buffering=0) as file:
                 return _read_all(file, buffer)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingError(f"no object {self.root / key}") from error
 
     def size(self, key: str) -> int | None:
@@ -140,7 +140,12 @@ class LocalStore:
 
 
 class RemoteStore:
-    """A prefix on any fsspec file system; s3 credentials come from the environment only."""
+    """A prefix on any fsspec file system; s3 credentials come from the environment only.
+
+    `put_new` has one winner, and nothing is ever half visible, where the file system creates
+    conditionally (S3, GCS, Azure). Elsewhere two writers at once may both win; what they write of
+    a shard is equal, and a torn object fails its checksums.
+    """
 
     def __init__(self, url: str, filesystem: Any = None):
         import fsspec
@@ -164,7 +169,7 @@ class RemoteStore:
         data = self.get(key)
         count = min(len(data), len(buffer))
         buffer[:count] = data[:count]
-        return len(data)
+        return min(len(data), len(buffer) + 1)
 
     def size(self, key: str) -> int | None:
         try:
@@ -181,7 +186,8 @@ class RemoteStore:
         except FileExistsError:
             return False
         except OSError as error:
-            if _error_code(error) in _EXISTS_CODES:
+            # A conflict (409) also answers a writer whose rival then failed: no object, no loser.
+            if _error_code(error) in _EXISTS_CODES and self.size(key) is not None:
                 return False
             raise
         return True
@@ -192,11 +198,13 @@ class RemoteStore:
         self._fs.pipe_file(path, bytes(data))
 
     def list(self, prefix: str) -> list[str]:
+        folder = f"{self._root}/{prefix}".rstrip("/")
         try:
-            entries = self._fs.ls(f"{self._root}/{prefix}".rstrip("/"), detail=False)
-        except FileNotFoundError:
+            entries = [str(entry).rstrip("/") for entry in self._fs.ls(folder, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        # Listing an object, and some stores listing a folder, name the thing itself.
+        return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry != folder)
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -242,12 +250,13 @@ def _sync_folder(folder: Path) -> None:
 
 def _remove_orphans(folder: Path) -> None:
     """Removes temporary files of processes of this host that are gone (killed while writing)."""
-    mine = f"{_TEMPORARY}{socket.gethostname()}-"
     for name in os.listdir(folder):
-        if name.startswith(mine):
-            pid = int(name[len(mine) :].split("-")[0])
-            if not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-                (folder / name).unlink(missing_ok=True)
+        # Host names may hold dashes: the two numbers are counted from the end.
+        host, *numbers = name.removeprefix(_TEMPORARY).rsplit("-", 2)
+        if not name.startswith(_TEMPORARY) or host != socket.gethostname() or len(numbers) != 2:
+            continue
+        if not Path(f"/proc/{numbers[0]}").exists() and Path("/proc/self").exists():
+            (folder / name).unlink(missing_ok=True)
 
 
 def _error_code(error: BaseException) -> str:

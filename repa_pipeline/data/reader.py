@@ -80,6 +80,9 @@ class Reader:
             began = time.perf_counter()
             item = self._queue.get()
             self.wait_s += time.perf_counter() - began
+            if item is None or isinstance(item, tuple):
+                # The thread has ended: whoever iterates again must not wait for it.
+                self._queue.put(item)
             if item is None:
                 return
             if isinstance(item, tuple):
@@ -136,7 +139,8 @@ class _Window:
         layout = self._array.spec.layout
         shards, inside = np.divmod(rows, layout.shard_rows)
         gathered = np.empty((len(rows), layout.record_bytes), np.uint8)
-        for shard in np.unique(shards):
+        # Shards in hand first: most end here, and make room before others are read.
+        for shard in sorted(np.unique(shards), key=lambda shard: shard not in self._records):
             here = np.flatnonzero(shards == shard)
             gathered[here] = self._shard(int(shard))[inside[here]]
             self._left[shard] -= len(here)

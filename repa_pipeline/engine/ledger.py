@@ -34,6 +34,6 @@ class Ledger:
                 entry = get_json(self.store, f"{self.prefix}/{name}")
                 if entry.pop("fingerprint") == self.fingerprint:
                     done[int(entry["index"])] = Commit(**entry)
-            except (DamagedError, KeyError, TypeError):
+            except (DamagedError, KeyError, TypeError, ValueError):
                 continue
         return done

@@ -35,10 +35,10 @@ def run_stage(stage: Stage, executor: Executor, ledger: Ledger, progress: Progre
     Raises StageError when shards could not be done; what was done stays recorded.
     """
     plan = stage.plan()
-    done = {i: commit for i, commit in ledger.entries().items() if stage.stands(commit)}
+    stage.begin()
+    done = _standing(stage, plan, ledger)
     if stage.is_sealed() and len(done) == len(plan.shards):
         return StageResult(plan, _in_order(done), 0)
-    stage.begin()
     missing = [shard for shard in plan.shards if shard.index not in done]
     rows_done = sum(commit.rows for commit in done.values())
     progress.start(stage.name, plan.num_rows, rows_done, plan.unit)
@@ -55,6 +55,16 @@ def run_stage(stage: Stage, executor: Executor, ledger: Ledger, progress: Progre
     commits = _in_order(done)
     stage.seal(list(commits))
     return StageResult(plan, commits, len(missing))
+
+
+def _standing(stage: Stage, plan: Plan, ledger: Ledger) -> dict[int, Commit]:
+    """Recorded shards of this plan (another partition's are none) whose objects are there."""
+    rows = {shard.index: shard.num_rows for shard in plan.shards}
+    return {
+        index: commit
+        for index, commit in ledger.entries().items()
+        if rows.get(index) == commit.rows and stage.stands(commit)
+    }
 
 
 def _in_order(done: dict[int, Commit]) -> tuple[Commit, ...]:

@@ -38,12 +38,14 @@ class RepaMethod(SiTMethod):
             self._check(feature)
 
     def build(self) -> nn.Module:
+        # The trunk first: the vanilla twin of the same seed then starts from the same weights.
+        trunk = self.build_trunk()
         widths = [feature.width for feature in self.inputs.features]
         projectors = nn.ModuleList(
             build_projector(self.model.width, self.config.projector_width, width)
             for width in widths
         )
-        return nn.ModuleDict({"trunk": self.build_trunk(), "projectors": projectors})
+        return nn.ModuleDict({"trunk": trunk, "projectors": projectors})
 
     def loss(
         self, model: nn.Module, ema: nn.Module, batch: Batch, t: Tensor, noise: States

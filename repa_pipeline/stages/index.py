@@ -33,7 +33,7 @@ from repa_pipeline.engine.contracts import Commit, Plan, Work, split_rows
 from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.engine.run import Progress, run_stage
-from repa_pipeline.errors import DataError, MismatchError, MissingError
+from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
 
 _PART_ITEMS = 512
 _PARTS = "index.parts"
@@ -58,6 +58,7 @@ def ensure_index(config: IndexConfig, progress: Progress) -> Index:
 
     Raises MismatchError when the workspace's index is of another source or other settings.
     """
+    _listing.cache_clear()
     store = cache_store(config)
     if store.size("manifest.json") is None:
         stage = IndexStage(config)
@@ -74,6 +75,7 @@ def planned_index(config: IndexConfig) -> tuple[Index, int]:
 
     Every listed image counts as usable, so what is planned from it is an upper bound.
     """
+    _listing.cache_clear()
     plan = IndexStage(config).plan()
     manifest = {
         "num_rows": plan.num_rows,
@@ -126,7 +128,7 @@ class IndexStage:
 
     def seal(self, commits: list[Commit]) -> None:
         store = cache_store(self.config)
-        parts = [store.get(f"{_PARTS}/{commit.index:06d}.part") for commit in commits]
+        parts = [_read_part(store, commit) for commit in commits]
         entries = [Entry(**entry) for part in parts for entry in json.loads(part)]
         usable = [entry for entry in entries if entry.excluded is None]
         excluded = [entry for entry in entries if entry.excluded is not None]
@@ -161,6 +163,17 @@ def _listing(source: str, scratch: str | None, scratch_gb: float) -> tuple[Item,
 
 def _items(config: IndexConfig) -> tuple[Item, ...]:
     return _listing(config.source, config.scratch, config.scratch_gb)
+
+
+def _read_part(store: ObjectStore, commit: Commit) -> bytes:
+    key = f"{_PARTS}/{commit.index:06d}.part"
+    data = store.get(key)
+    if hashlib.sha256(data).hexdigest() != commit.sha256:
+        raise DamagedError(
+            f"{store.url}/{key} is damaged, its sha256 is not the recorded one: remove it and run "
+            "`repa index` again"
+        )
+    return data
 
 
 def _decode_settings(config: IndexConfig) -> dict[str, Any]:

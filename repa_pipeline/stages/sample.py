@@ -226,7 +226,7 @@ def sample_labels(
         return np.array([k % num_classes for k in indices], np.int64)
     if rule == "random":
         return np.array([seed_of(seed, k, "label") % num_classes for k in indices], np.int64)
-    if not rule.isdigit() or int(rule) >= num_classes:
+    if not rule.isdecimal() or int(rule) >= num_classes:
         raise ConfigError(
             f"labels: got '{rule}', expected random, balanced or a class from 0 to "
             f"{num_classes - 1}"

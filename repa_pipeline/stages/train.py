@@ -28,7 +28,7 @@ from repa_pipeline.training.batches import BatchMaker
 from repa_pipeline.training.checkpoint import load_newest, prune, save_checkpoint
 from repa_pipeline.training.inputs import CacheInputs, open_inputs
 from repa_pipeline.training.previews import Previews
-from repa_pipeline.training.runs import Run, default_name, locked, open_run
+from repa_pipeline.training.runs import Run, default_name, locked, note_settings, open_run
 from repa_pipeline.training.state import (
     TrainState,
     build_method,
@@ -56,6 +56,7 @@ class TrainPlan:
         """What, beside the settings, decides the curve of the run."""
         return {
             "method": self.method_spec.name,
+            "model": dataclasses.asdict(self.model),
             "dtype": self.dtype,
             "data": self.inputs.digests(),
         }
@@ -127,7 +128,8 @@ def train(plan: TrainPlan, progress: Progress) -> TrainResult:
         first_step = state.step
         if first_step >= config.steps:
             return TrainResult(run, first_step, 0, {})
-        log = RunLog(run.folder, from_step=first_step)
+        note_settings(run, config)
+        log = RunLog(run.folder, from_step=first_step, every=config.log_every)
         for fault in faults:
             log.event(first_step, "checkpoint_refused", reason=fault)
         previews = Previews(config, run.folder / "previews", log)
@@ -168,10 +170,12 @@ def _loop(
                     scalars[name] = scalars.get(name, 0.0) + value.detach() * share
             scalars["grad_norm"] = optimiser_step(config, state)
             state.step += 1
-            state.add(scalars)
+            if not state.skipped_in_a_row:
+                state.add(scalars)
 
             if state.step % config.log_every == 0 or state.step == config.steps:
-                means = state.take_means()
+                # An extended run goes on with the sums of an interval that its end cut short.
+                means = state.means(reset=state.step % config.log_every == 0)
                 elapsed = time.perf_counter() - clock
                 speed = {
                     "images_per_s": (state.step - since) * config.batch_size / elapsed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
 from repa_pipeline.errors import DamagedError, MissingError, RepaError, StageError
 
 FORMAT_VERSION = 1
+_MARKER = re.compile(r"step-(\d+)\.json")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -33,6 +35,8 @@ def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> Path
     final = checkpoint_path(folder, step)
     temporary = final.with_suffix(".pt.tmp")
     folder.mkdir(parents=True, exist_ok=True)
+    for orphan in folder.glob("step-*.pt.tmp"):  # of a run killed while writing; one writer a run
+        orphan.unlink(missing_ok=True)
     try:
         with open(temporary, "wb") as file:
             hashing: Any = _HashingFile(file)
@@ -55,7 +59,8 @@ def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.json"))
+    markers = [_MARKER.fullmatch(name) for name in os.listdir(folder)]
+    return sorted(int(marker[1]) for marker in markers if marker)
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
@@ -119,13 +124,15 @@ def file_digest(path: Path) -> str:
 
 
 def _check_marker(path: Path, marker: Mapping[str, Any]) -> None:
-    size = path.stat().st_size
-    if size != marker["num_bytes"]:
+    size, expected = path.stat().st_size, marker.get("num_bytes")
+    if size != expected:
         raise DamagedError(
-            f"checkpoint {path} is torn: got {size} bytes, expected {marker['num_bytes']}"
+            f"checkpoint {path} is torn: got {size} bytes, expected {expected}; use another one"
         )
-    if file_digest(path) != marker["sha256"]:
-        raise DamagedError(f"checkpoint {path} is damaged: its sha256 is not the recorded one")
+    if file_digest(path) != marker.get("sha256"):
+        raise DamagedError(
+            f"checkpoint {path} is damaged: its sha256 is not the recorded one; use another one"
+        )
 
 
 class _HashingFile:

@@ -16,6 +16,7 @@ from repa_pipeline.data.index import read_labels, read_manifest
 from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError
 from repa_pipeline.methods.base import FeatureInfo, Inputs
+from repa_pipeline.registry import autoencoder_spec, encoder_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def open_inputs(config: TrainConfig) -> CacheInputs:
     latents = open_sealed(store, _choose_latents(store, config), "encode-latents")
     resolution = latents.spec.manifest["resolution"]
     features = tuple(
-        open_sealed(store, name, f"cache-features --encoder {name.split('.')[1]}")
+        open_sealed(store, name, f"cache-features --encoder {part_name(name)}")
         for name in _choose_features(store, config, resolution)
     )
     for array in (latents, *features):
@@ -96,10 +97,14 @@ def _sealed_names(store: ObjectStore, kind: str) -> list[str]:
 def _choose_latents(store: ObjectStore, config: TrainConfig) -> str:
     found = _sealed_names(store, "latents")
     if config.autoencoder != "auto":
-        found = [name for name in found if _part_name(name) == config.autoencoder]
+        chosen = config.autoencoder
+        if chosen not in map(part_name, found):
+            chosen = autoencoder_spec(config, chosen).name
+        found = [name for name in found if part_name(name) == chosen]
     if len(found) > 1:
         raise ConfigError(
-            f"{store.url} holds several latents ({', '.join(found)}): choose with --autoencoder"
+            f"{store.url} holds several latents ({', '.join(found)}): choose with --autoencoder, "
+            "or keep each resolution in a --workspace of its own"
         )
     if not found:
         wanted = "" if config.autoencoder == "auto" else f" of {config.autoencoder}"
@@ -114,10 +119,14 @@ def _choose_features(store: ObjectStore, config: TrainConfig, resolution: int) -
         return []
     found = [n for n in _sealed_names(store, "features") if n.endswith(f".{resolution}")]
     if config.encoder != ("auto",):
-        return [f"features.{name}.{resolution}" for name in config.encoder]
+        chosen = [f"features.{name}.{resolution}" for name in config.encoder]
+        return [
+            array if array in found else f"features.{encoder_spec(config, name).name}.{resolution}"
+            for array, name in zip(chosen, config.encoder, strict=True)
+        ]
     if len(found) > 1:
         raise ConfigError(
-            f"{store.url} holds several teachers ({', '.join(map(_part_name, found))}): choose "
+            f"{store.url} holds several teachers ({', '.join(map(part_name, found))}): choose "
             "with --encoder"
         )
     if not found:
@@ -128,7 +137,8 @@ def _choose_features(store: ObjectStore, config: TrainConfig, resolution: int) -
     return found
 
 
-def _part_name(array_name: str) -> str:
+def part_name(array_name: str) -> str:
+    """The autoencoder or encoder in the name of an array, KIND.NAME.RESOLUTION."""
     return array_name.split(".", 1)[1].rsplit(".", 1)[0]
 
 

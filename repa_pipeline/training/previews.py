@@ -37,6 +37,7 @@ class Previews:
         command += ["--grid", str(self._config.preview_count)]
         command += ["--batch-size", str(self._config.preview_count)]
         command += ["--workspace", self._config.workspace, "--threads", "1"]
+        command += ["--device", self._config.device]
         self._running[step] = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

@@ -18,11 +18,11 @@ from typing import Any
 
 from repa_pipeline.config import CommonConfig, TrainConfig, as_json, decisions
 from repa_pipeline.data.array import first_difference
-from repa_pipeline.data.objects import LocalStore, json_bytes
+from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError, StageError
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 def runs_folder(config: CommonConfig) -> Path:
@@ -70,12 +70,11 @@ class Run:
         return checkpoint_path(self.checkpoints, self.last_step())
 
     def record(self) -> dict[str, Any]:
-        """What run.json says; raises MissingError when there is no such run."""
+        """What run.json says; raises MissingError without such a run, DamagedError for no JSON."""
         path = self.folder / "run.json"
         if not path.is_file():
             raise MissingError(f"no run at {self.folder}: `repa runs` lists them")
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return record
+        return get_json(LocalStore(str(self.folder)), path.name)
 
 
 def list_runs(config: CommonConfig) -> list[Run]:
@@ -110,7 +109,7 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
     when the standing run was started with others, ConfigError for a bad name or --no-resume.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"run name '{name}': expected letters, digits, '.', '_', '-' only")
+        raise ConfigError(f"run name '{name}': expected letters, digits, '.', '_', '-', '+' only")
     run = Run(runs_folder(config) / name)
     wanted = json.loads(json.dumps({"settings": decisions(config), **decided}))
     if not (run.folder / "run.json").is_file():
@@ -119,7 +118,7 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
         return run
     if not config.resume:
         raise ConfigError(f"run '{name}' exists and --no-resume was given: choose another name")
-    difference = first_difference(run.record()["decided"], wanted)
+    difference = first_difference(run.record().get("decided", {}), wanted)
     if difference:
         key, there, here = difference
         raise MismatchError(
@@ -127,6 +126,15 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
             "now; set it back or choose another name"
         )
     return run
+
+
+def note_settings(run: Run, config: TrainConfig) -> None:
+    """Records the settings that the run now goes on with (an extended run has other `steps`)."""
+    record = run.record()
+    if record["config"] != as_json(config):
+        LocalStore(str(run.folder)).put(
+            "run.json", json_bytes({**record, "config": as_json(config)})
+        )
 
 
 @contextlib.contextmanager

@@ -39,10 +39,11 @@ class TrainState:
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
         self.num_summed += 1
 
-    def take_means(self) -> dict[str, float]:
-        """Means since the last call."""
+    def means(self, reset: bool) -> dict[str, float]:
+        """Means over the steps since the last reset, skipped ones left out."""
         means = {name: float(total) / self.num_summed for name, total in self.sums.items()}
-        self.sums, self.num_summed = {}, 0
+        if reset:
+            self.sums, self.num_summed = {}, 0
         return means
 
     def to_checkpoint(self) -> dict[str, Any]:
