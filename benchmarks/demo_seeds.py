@@ -47,11 +47,16 @@ def run_seed(workspace: Path, seed: int) -> dict[str, Any]:
     subprocess.run([*command, "--seed", str(seed)], check=True)
     found = {}
     for name in ("repa", "vanilla"):
-        (folder,) = (workspace / "runs" / name / "samples").iterdir()
+        folder = max((workspace / "runs" / name / "samples").iterdir(), key=step_of)
         score = json.loads((folder / "result.json").read_text())
         judge = json.loads((folder / "judge.json").read_text())
         found[name] = {**score["metrics"], "label_agreement": judge["agreement"]}
     return found
+
+
+def step_of(folder: Path) -> int:
+    """The checkpoint's step in a sample folder's name."""
+    return int(folder.name.split(".")[0].removeprefix("step"))
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import numpy as np
 
 from repa_pipeline.data.objects import LocalStore, json_bytes
 from repa_pipeline.errors import StageError
+from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
+from repa_pipeline.training.runs import Run
 
 GUIDANCE = ("--cfg", "1.8", "--interval", "0,0.7")
 RUNS = {"repa": (), "vanilla": ("--encoder", "none")}
@@ -29,21 +31,31 @@ def run_demo(workspace: str, seed: int) -> None:
     _say("REPA on scikit-learn's handwritten digits, with the vanilla twin beside it.")
     _run(workspace, ["encode-latents"])
     _run(workspace, ["cache-features"])
-    _together(
-        workspace,
-        [["train", name, *extra, "--seed", str(seed)] for name, extra in RUNS.items()],
-    )
-    _together(
-        workspace,
-        [["sample", "--run", name, *GUIDANCE, "--seed", str(seed)] for name in RUNS],
-    )
-    for name in RUNS:
-        _run(workspace, ["evaluate", "--run", name])
-    for name in RUNS:
-        for folder in sorted((Path(workspace) / "runs" / name / "samples").iterdir()):
+    seeded = ["--seed", str(seed)]
+    _together(workspace, [["train", name, *extra, *seeded] for name, extra in RUNS.items()])
+    for checkpoints in zip(*(_checkpoints(workspace, name) for name in RUNS), strict=True):
+        _together(
+            workspace,
+            [["sample", "--checkpoint", str(c), *GUIDANCE, *seeded] for c in checkpoints],
+        )
+    for folders in zip(*(_samples(workspace, name) for name in RUNS), strict=True):
+        _together(workspace, [["evaluate", "--samples", str(folder)] for folder in folders])
+        for name, folder in zip(RUNS, folders, strict=True):
             _say(f"{name}: {judge_samples(folder)}")
     _run(workspace, ["report"])
     _say(f"demo finished in {time.monotonic() - began:.0f} s; open {workspace}/report.html")
+
+
+def _checkpoints(workspace: str, name: str) -> list[Path]:
+    """The run's checkpoints, so that the page can show distances against steps."""
+    run = Run(Path(workspace) / "runs" / name)
+    return [checkpoint_path(run.checkpoints, step) for step in complete_steps(run.checkpoints)]
+
+
+def _samples(workspace: str, name: str) -> list[Path]:
+    """The run's sample folders, by step."""
+    folders = (Path(workspace) / "runs" / name / "samples").iterdir()
+    return sorted(folders, key=lambda folder: int(folder.name.split(".")[0].removeprefix("step")))
 
 
 def judge_samples(folder: Path) -> str:

@@ -25,10 +25,18 @@ def choose_device(name: str) -> str:
     return name
 
 
-def set_threads(threads: int) -> None:
-    """Sets the CPU compute threads (0: OMP_NUM_THREADS, else all cores)."""
+def prepare_compute(threads: int) -> None:
+    """Sets the CPU compute threads (0: OMP_NUM_THREADS, else all cores) and switches TF32 off.
+
+    float32 means float32: TF32 would change samples and scores without a word.
+    """
     import torch
 
-    torch.set_num_threads(
-        threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
-    )
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -146,11 +146,11 @@ def _runs_table(runs: Sequence[RunFacts], beside: Path) -> Html:
     rows = [
         (
             join([tag("strong", run.name), _folder(run, beside)], "<br>"),
-            tag("span", run.setting("model") or "not recorded", "whole"),
+            tag("span", _known(run.setting("model")), "whole"),
             ", ".join(run.teachers) or "vanilla",
-            dig(run.record, "decided", "method") or missing_text("not recorded"),
-            run.setting("seed"),
-            f"{run.run.last_step():,} / {run.setting('steps') or 0:,}",
+            _known(dig(run.record, "decided", "method")),
+            _known(run.setting("seed")),
+            _steps(run),
             number(run.median("images_per_s"), missing="not logged yet"),
             number(run.median("data_wait"), ".2%", missing="not logged yet"),
             *(number(run.last().get(name), missing=_no_loss(run)) for name in losses),
@@ -161,6 +161,15 @@ def _runs_table(runs: Sequence[RunFacts], beside: Path) -> Html:
     note = "images/s and data wait (share of the time spent waiting for data) are medians."
     shown = table(columns, rows, columns[4:])
     return join([tag("h2", "Runs"), shown, tag("p", note, "quiet"), *remarks])
+
+
+def _known(value: Any) -> Any:
+    return missing_text("not recorded") if value is None else value
+
+
+def _steps(run: RunFacts) -> str:
+    planned = run.setting("steps")
+    return f"{run.run.last_step():,} / " + ("unknown" if planned is None else f"{planned:,}")
 
 
 def _folder(run: RunFacts, beside: Path) -> Html:
@@ -257,10 +266,10 @@ def _distance_table(scored: list[tuple[RunFacts, SampleSet]]) -> Html:
     rows = [
         (
             tag("strong", run.name),
-            run.setting("seed"),
+            _known(run.setting("seed")),
             "not recorded" if samples.step is None else f"{samples.step:,}",
             f"{samples.num_samples:,}",
-            dig(samples.settings, "seed"),
+            _known(dig(samples.settings, "seed")),
             _sampling(samples),
             f"{samples.distance_name}, {samples.network}",
             number(samples.distance),

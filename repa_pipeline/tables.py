@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
-from repa_pipeline.errors import ConfigError, UnknownNameError
+from repa_pipeline.errors import ConfigError, MissingError, UnknownNameError
 
 
 class Named(Protocol):
@@ -62,7 +62,15 @@ class Table(Mapping[str, T], Generic[T]):
 
 
 def resolve(path: str) -> Callable[..., Any]:
-    """Imports the function that an entry names as "module:function"."""
+    """Imports the function that an entry names as "module:function".
+
+    Raises MissingError naming the package when one that the module needs is not installed.
+    """
     module, _, function = path.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            f"{path} needs the package '{error.name}', which is not installed: pip install it"
+        ) from error
     return found

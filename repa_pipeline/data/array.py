@@ -53,7 +53,9 @@ class ArraySpec:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.manifest)
+        """sha256 of what decides the bytes of every shard: manifest, layout and partition."""
+        partition = {"num_rows": self.num_rows, **dataclasses.asdict(self.layout)}
+        return fingerprint({"manifest": dict(self.manifest), **partition})
 
     def shard_key(self, shard: int) -> str:
         return f"{self.name}/c/{shard}" + "/0" * len(self.layout.shape)

@@ -41,7 +41,7 @@ class ModelSpec:
 
 # name, depth, width, heads, block that is aligned (REPA, Table 2 and Appendix D), patch sizes
 _SIT_SIZES: tuple[tuple[str, int, int, int, int, tuple[int, ...]], ...] = (
-    ("SiT-XS", 6, 128, 4, 2, (1, 2)),
+    ("SiT-XS", 4, 128, 4, 2, (1, 2)),
     ("SiT-Ti", 6, 192, 3, 2, (1, 2)),
     ("SiT-S", 12, 384, 6, 4, (2, 4, 8)),
     ("SiT-B", 12, 768, 12, 4, (2, 4, 8)),

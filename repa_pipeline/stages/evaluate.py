@@ -21,7 +21,7 @@ import numpy.typing as npt
 from repa_pipeline.config import EvaluateConfig, IndexConfig
 from repa_pipeline.data.index import read_index
 from repa_pipeline.data.objects import LocalStore, json_bytes, open_store
-from repa_pipeline.device import choose_device, set_threads
+from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError
 from repa_pipeline.registry import encoder_spec, load_plugins, network_spec
@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     Raises MissingError for absent samples, weights or reference, MismatchError when sizes or
     networks do not fit, ConfigError when it would have to guess.
     """
-    set_threads(config.threads)
+    prepare_compute(config.threads)
     samples = find_samples(config)
     settings, resolution, count = _describe_samples(samples)
     output = Path(config.output) if config.output else _beside(samples)
@@ -67,7 +67,8 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     ours = _extract(network, blocks, config, progress, "sample features", count, keep=count)
     reference, about = _reference(config, network, resolution, progress)
     result = {
-        "metrics": _metrics(config, reference, ours, about),
+        "kind": "Fréchet distance",
+        "metrics": _metrics(config, reference, ours),
         "num_samples": count,
         "samples": str(samples),
         "sample_settings": settings,
@@ -76,6 +77,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
         "precision_recall": {"mode": config.pr_mode, "k": 3, "reference": len(reference.rows)},
         "inception_score_block": config.is_split,
         "device": choose_device(config.device),
+        "tf32": False,
         "versions": {name: version(name) for name in ("repa-pipeline", "torch", "numpy")}
         | {"python": platform.python_version()},
     }
@@ -332,7 +334,7 @@ def _first(blocks: Iterator[Images], count: int) -> Iterator[Images]:
 
 
 def _metrics(
-    config: EvaluateConfig, reference: Reference, ours: FeatureSet, about: Mapping[str, Any]
+    config: EvaluateConfig, reference: Reference, ours: FeatureSet
 ) -> dict[str, float | None]:
     from repa_pipeline.metrics.frechet import FrechetReference
     from repa_pipeline.metrics.inception_score import inception_score

@@ -21,9 +21,9 @@ from repa_pipeline.data.image import adm_center_crop, decode_image
 from repa_pipeline.data.index import Entry, content_digest, read_index
 from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.data.source import Item, Source
-from repa_pipeline.device import choose_device, set_threads
+from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.contracts import Commit, Plan, Shard, Work, split_rows
-from repa_pipeline.errors import DataError
+from repa_pipeline.errors import DataError, StageError
 from repa_pipeline.stages.index import cache_store, open_config_source
 
 Images = npt.NDArray[np.uint8]
@@ -59,9 +59,10 @@ class ImageStage:
         begin_array(cache_store(self.config), self.spec)
 
     def open(self) -> Work:
-        set_threads(self.config.threads)
+        prepare_compute(self.config.threads)
         store, source = cache_store(self.config), open_config_source(self.config)
         entries = read_index(store).entries
+        check_scratch(entries, self.config)
         encode = self.load(choose_device(self.config.device))
 
         def work(shard: Shard) -> Commit:
@@ -151,6 +152,23 @@ def encode_in_batches(encode: Encode, images: Images, batch_size: int) -> Record
             batch = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)])
         parts.append(encode(batch)[: batch_size - missing])
     return np.concatenate(parts)
+
+
+def check_scratch(entries: tuple[Entry, ...], config: EncodeConfig) -> None:
+    """Raises StageError when the unpacked .tar.gz files do not fit the scratch folder together.
+
+    Rows are stored in random order: with less room every image would unpack a whole tar again.
+    """
+    ends: dict[str, int] = {}
+    for entry in entries:
+        if entry.path.endswith((".gz", ".tgz")):
+            ends[entry.path] = max(ends.get(entry.path, 0), entry.offset + entry.num_bytes)
+    needed, limit = sum(ends.values()) / 2**30, config.scratch_gb
+    if needed > limit:
+        raise StageError(
+            f"the {len(ends)} compressed tars unpack to {needed:.3g} GiB, the scratch folder may "
+            f"hold {limit:.3g}: raise --scratch-gb, or unpack them and use the .tar files"
+        )
 
 
 def _read_indexed(source: Source, row: Entry) -> bytes:

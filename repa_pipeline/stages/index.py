@@ -67,6 +67,8 @@ def ensure_index(config: IndexConfig, progress: Progress) -> Index:
         run_stage(stage, executor, ledger, progress)
     else:
         _check_same_index(config, store)
+    for name in store.list(_PARTS):  # the index holds all that they said
+        store.delete(f"{_PARTS}/{name}")
     return read_index(store)
 
 
@@ -128,6 +130,8 @@ class IndexStage:
 
     def seal(self, commits: list[Commit]) -> None:
         store = cache_store(self.config)
+        if self.is_sealed():  # by another command that began beside this one
+            return _check_same_index(self.config, store)
         parts = [_read_part(store, commit) for commit in commits]
         entries = [Entry(**entry) for part in parts for entry in json.loads(part)]
         usable = [entry for entry in entries if entry.excluded is None]

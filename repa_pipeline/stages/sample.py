@@ -28,7 +28,7 @@ from repa_pipeline.data.array import (
 )
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.data.shards import RecordLayout, as_rows
-from repa_pipeline.device import choose_device, set_threads
+from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.contracts import Commit, Plan, Shard, Work, split_rows
 from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.registry import autoencoder_spec, load_plugins
@@ -68,7 +68,7 @@ class SampleStage:
         begin_array(open_store(self.output), self.spec)
 
     def open(self) -> Work:
-        set_threads(self.config.threads)
+        prepare_compute(self.config.threads)
         store = open_store(self.output)
         sampler = Sampler(self.config, self.checkpoint, self.spec.manifest)
 
@@ -267,6 +267,7 @@ def sample_stage(config: SampleConfig) -> SampleStage:
         **decisions(config),
         "decoder": spec.name,
         "decoder_sha256": file_sha256(find_autoencoder_weights(spec, config.decoder_weights)),
+        "tf32": False,
         "source_rows": about["data"]["rows"],
     }
     layout = RecordLayout((resolution, resolution, 3), "uint8", config.shard_rows)

@@ -16,7 +16,7 @@ import torch
 from repa_pipeline.config import TrainConfig
 from repa_pipeline.data.order import Order
 from repa_pipeline.data.reader import Reader
-from repa_pipeline.device import choose_device, set_threads
+from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import ConfigError
 from repa_pipeline.methods import MethodSpec
@@ -120,7 +120,7 @@ def train(plan: TrainPlan, progress: Progress) -> TrainResult:
     config = plan.config
     run = open_run(config, plan.name, plan.decided())
     with locked(run):
-        set_threads(config.threads)
+        prepare_compute(config.threads)
         state = new_state(config, plan.method, plan.device)
         saved, faults = load_newest(run.checkpoints, plan.device)
         if saved:

@@ -75,7 +75,9 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
         _check_marker(path, get_json(LocalStore(str(path.parent)), marker_path.name))
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        version = content["format_version"]
+        version = dict(content)["format_version"]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch raises many kinds for a file it cannot read
         raise DamagedError(
             f"{path} is not a checkpoint of this package ({type(error).__name__}): use another one"

@@ -79,7 +79,7 @@ def new_state(config: TrainConfig, method: Method, device: str) -> TrainState:
         lr=config.learning_rate,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
-        fused=device.startswith("cuda"),
+        fused=True,
     )
     return TrainState(model, Ema(model, config.ema_decay), optimizer)
 

@@ -336,7 +336,9 @@ def test_a_damaged_shard_is_replaced(damage: Callable[[Path], Any], sealed: Loca
 def test_fingerprints() -> None:
     assert fingerprint({"a": 1, "b": (1, 2)}) == fingerprint({"b": [1, 2], "a": 1})
     assert make_spec(scale=(0.5,)).fingerprint != make_spec(scale=(0.25,)).fingerprint
-    assert make_spec(num_rows=3).fingerprint == make_spec().fingerprint
+    assert make_spec(num_rows=3).fingerprint != make_spec().fingerprint
+    assert make_spec("float32").fingerprint != make_spec().fingerprint
+    assert make_spec().fingerprint == make_spec(scale=[0.5, 2.0]).fingerprint
 
 
 def test_first_difference() -> None:
