@@ -38,8 +38,9 @@ def run_index(config: IndexConfig) -> None:
 
 def encode_latents(config: LatentsConfig) -> None:
     """`repa encode-latents`."""
-    from repa_pipeline.stages.latents import latents_stage
+    from repa_pipeline.stages.latents import check_latents, latents_stage
 
+    check_latents(config)
     stage = latents_stage(config, _index(config))
     _run_pass(stage, config)
     if not config.dry_run:
@@ -48,8 +49,9 @@ def encode_latents(config: LatentsConfig) -> None:
 
 def cache_features(config: FeaturesConfig) -> None:
     """`repa cache-features`."""
-    from repa_pipeline.stages.features import features_stages
+    from repa_pipeline.stages.features import check_features, features_stages
 
+    check_features(config)
     for stage in features_stages(config, _index(config)):
         _run_pass(stage, config)
     if not config.dry_run:

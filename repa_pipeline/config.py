@@ -309,13 +309,13 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "cache-features": {"encoder": ("digits-vit",)},
         "train": {
             "model": "SiT-XS/2",
-            "steps": 500,
+            "steps": 600,
             "batch_size": 64,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "ema_decay": 0.99,
             "projector_width": 256,
             "log_every": 10,
-            "checkpoint_every": 125,
+            "checkpoint_every": 200,
             "keep": 4,
         },
         "sample": {

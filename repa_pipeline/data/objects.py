@@ -94,6 +94,7 @@ class LocalStore:
     def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
         final = self.root / key
         if final.exists():
+            _remove_orphans(final.parent)  # a writer killed between link and unlink leaves one
             return False
         temporary = self._write_temporary(final, data)
         try:

@@ -146,14 +146,23 @@ def _beside(samples: Path) -> Path:
 
 
 def _load_network(config: EvaluateConfig) -> FeatureNetwork:
-    from repa_pipeline.metrics.networks import load_network
+    from repa_pipeline.encoders import ENCODERS, EncoderSpec
+    from repa_pipeline.metrics.networks import NETWORKS, NetworkSpec, load_network
 
     load_plugins(config.plugins)
-    name, weights = config.network, config.network_weights
+    name = config.network
+    spec: EncoderSpec | NetworkSpec
     if name.startswith(_ENCODER):
-        weights = weights or encoder_spec(config, name.removeprefix(_ENCODER)).weights
+        spec = encoder_spec(config, name.removeprefix(_ENCODER))
+        entry: EncoderSpec | NetworkSpec = ENCODERS[name.removeprefix(_ENCODER)]
     else:
-        weights = weights or network_spec(config, name).weights
+        spec, entry = network_spec(config, name), NETWORKS[name]
+    if dataclasses.replace(entry, weights=spec.weights) != spec:
+        raise ConfigError(
+            f"repa.toml changes more of '{name}' than its weights, and scores by it would pass "
+            "for those of the table's entry: give it a name of its own in a plugin"
+        )
+    weights = config.network_weights or spec.weights
     return load_network(name, weights=weights, device=choose_device(config.device))
 
 

@@ -43,8 +43,12 @@ class FeaturesStage(ImageStage):
         return encode
 
 
-def features_stages(config: FeaturesConfig, index: Index) -> list[FeaturesStage]:
-    """One stage a teacher; raises ConfigError or MissingError before any of them starts."""
+def check_features(config: FeaturesConfig) -> dict[str, tuple[EncoderSpec, str]]:
+    """Every teacher and its weights' sha256, before any image is read.
+
+    Raises UnknownNameError, ConfigError for the resolution or for settings that do not fit
+    together, MissingError without weights.
+    """
     if config.weights and len(config.encoder) > 1:
         raise ConfigError(
             f"--weights names one file for {len(config.encoder)} encoders: cache them one by one, "
@@ -52,18 +56,31 @@ def features_stages(config: FeaturesConfig, index: Index) -> list[FeaturesStage]
         )
     if len(set(config.encoder)) < len(config.encoder):
         raise ConfigError(f"--encoder names one twice: {', '.join(config.encoder)}")
-    return [_stage(config, index, name) for name in config.encoder]
+    return {name: _check(config, name) for name in config.encoder}
 
 
-def _stage(config: FeaturesConfig, index: Index, name: str) -> FeaturesStage:
+def _check(config: FeaturesConfig, name: str) -> tuple[EncoderSpec, str]:
     from repa_pipeline.encoders.base import find_encoder_weights
 
-    spec, codec = encoder_spec(config, name), CODECS[config.codec]
+    spec = encoder_spec(config, name)
+    spec.grid(config.resolution)
+    return spec, file_sha256(find_encoder_weights(spec, config.weights))
+
+
+def features_stages(config: FeaturesConfig, index: Index) -> list[FeaturesStage]:
+    """One stage a teacher over the rows of `index`; raises as `check_features`."""
+    return [_stage(config, index, *checked) for checked in check_features(config).values()]
+
+
+def _stage(
+    config: FeaturesConfig, index: Index, spec: EncoderSpec, weights_sha256: str
+) -> FeaturesStage:
+    codec = CODECS[config.codec]
     tokens = spec.num_tokens(config.resolution)
     manifest = {
         "kind": "features",
         "encoder": spec.name,
-        "weights_sha256": file_sha256(find_encoder_weights(spec, config.weights)),
+        "weights_sha256": weights_sha256,
         "width": spec.width,
         "grid": list(spec.grid(config.resolution)),
         "tokens": spec.tokens,

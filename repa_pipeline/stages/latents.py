@@ -43,16 +43,26 @@ class LatentsStage(ImageStage):
         return encode
 
 
-def latents_stage(config: LatentsConfig, index: Index) -> LatentsStage:
-    """The stage of `config`; raises MissingError when its weights cannot be had."""
+def check_latents(config: LatentsConfig) -> tuple[AutoencoderSpec, str]:
+    """The autoencoder and its weights' sha256, before any image is read.
+
+    Raises UnknownNameError, ConfigError for the resolution, MissingError without weights.
+    """
     from repa_pipeline.autoencoders.base import find_autoencoder_weights
 
     spec = autoencoder_spec(config, config.autoencoder)
+    spec.latent_shape(config.resolution)
+    return spec, file_sha256(find_autoencoder_weights(spec, config.weights))
+
+
+def latents_stage(config: LatentsConfig, index: Index) -> LatentsStage:
+    """The stage of `config` over the rows of `index`; raises as `check_latents`."""
+    spec, weights_sha256 = check_latents(config)
     _, height, width = spec.latent_shape(config.resolution)
     manifest = {
         "kind": "latents",
         "autoencoder": spec.name,
-        "weights_sha256": file_sha256(find_autoencoder_weights(spec, config.weights)),
+        "weights_sha256": weights_sha256,
         "posterior": spec.posterior,
         "channels": spec.channels,
         "downsample": spec.downsample,

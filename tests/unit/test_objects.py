@@ -198,7 +198,11 @@ def test_only_orphans_of_this_host_are_removed(
     }
     for name in orphans | others:
         (tmp_path / name).write_bytes(b"half")
-    LocalStore(str(tmp_path)).put("k", b"1")
+    store = LocalStore(str(tmp_path))
+    store.put("k", b"1")
+    assert set(os.listdir(tmp_path)) == others | {"k"}
+    os.link(tmp_path / "k", tmp_path / f".tmp-node-{dead}-3")  # killed between link and unlink
+    assert not store.put_new("k", b"2")
     assert set(os.listdir(tmp_path)) == others | {"k"}
 
 

@@ -1,0 +1,497 @@
+"""The index: one seeded order of rows, odd images said, bad ones counted, the source watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repa_pipeline.config import FeaturesConfig, IndexConfig, LatentsConfig
+from repa_pipeline.data.array import open_sealed
+from repa_pipeline.data.image import adm_center_crop, decode_image
+from repa_pipeline.data.index import (
+    Index,
+    content_digest,
+    read_index,
+    read_labels,
+    read_manifest,
+    rows_digest,
+)
+from repa_pipeline.data.objects import LocalStore
+from repa_pipeline.data.shards import as_rows
+from repa_pipeline.engine.contracts import Commit
+from repa_pipeline.engine.ledger import Ledger
+from repa_pipeline.engine.local import LocalExecutor
+from repa_pipeline.engine.run import StageResult, run_stage
+from repa_pipeline.errors import ConfigError, DamagedError, DataError, MismatchError, StageError
+from repa_pipeline.observe import Silent
+from repa_pipeline.registry import TABLES
+from repa_pipeline.stages import index as index_module
+from repa_pipeline.stages.features import features_stages
+from repa_pipeline.stages.images import ImageStage, encode_in_batches
+from repa_pipeline.stages.index import (
+    IndexStage,
+    cache_store,
+    default_shard_rows,
+    ensure_index,
+    planned_index,
+)
+from repa_pipeline.stages.latents import latents_stage
+from repa_pipeline.testing.caches import isolated_tables
+from repa_pipeline.testing.parts import tiny_autoencoder, tiny_encoder, write_weights
+
+NUM_IMAGES = 40
+
+
+def pixels(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    side = 16 + number % 5
+    generator = np.random.default_rng(number)
+    return generator.integers(0, 256, (side, side + number % 3, 3), np.uint8)
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def make_images(folder: Path) -> Path:
+    """40 images in 3 classes, file number i in class i % 3."""
+    for number in range(NUM_IMAGES):
+        name = f"{'abc'[number % 3]}/{number:03d}.png"
+        save(Image.fromarray(pixels(number)), folder / name)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_images(tmp_path / "images")
+
+
+def config(folder: Path, **changes: Any) -> IndexConfig:
+    return IndexConfig(source=str(folder), workspace=str(folder.parent / "work"), **changes)
+
+
+def build(settings: IndexConfig) -> Index:
+    return ensure_index(settings, Silent())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_rows_are_the_images_in_a_seeded_order(source: Path) -> None:
+    index = build(config(source))
+    listed = sorted(str(path.relative_to(source)) for path in source.rglob("*.png"))
+    order = np.random.default_rng(0).permutation(NUM_IMAGES)
+    assert [entry.key for entry in index.entries] == [listed[i] for i in order]
+    for entry in index.entries:
+        data = (source / entry.path).read_bytes()
+        image = pixels(int(Path(entry.path).stem))
+        assert entry.label == "abc".index(entry.key[0])
+        assert (entry.offset, entry.num_bytes) == (-1, len(data))
+        assert (entry.height, entry.width) == image.shape[:2]
+        assert entry.digest == hashlib.blake2b(data, digest_size=16).hexdigest()
+        assert (entry.notes, entry.excluded) == ("", None)
+    manifest = index.manifest
+    assert (manifest["num_rows"], manifest["num_classes"], manifest["shard_rows"]) == (40, 3, 16)
+    assert manifest["class_names"] == ["a", "b", "c"]
+    assert manifest["rows_digest"] == rows_digest(list(index.entries))
+    assert manifest["num_excluded"] == manifest["num_duplicates"] == 0
+    labels = read_labels(cache_store(config(source)))
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [entry.label for entry in index.entries]
+
+
+def test_the_seed_decides_the_order_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    first = build(config(source))
+    again = build(dataclasses.replace(config(source), workspace=str(tmp_path / "again")))
+    other = config(source, permutation_seed=1)
+    second = build(dataclasses.replace(other, workspace=str(tmp_path / "other")))
+    assert files(tmp_path / "again/cache") == files(tmp_path / "work/cache")
+    assert again == first
+    assert set(second.entries) == set(first.entries) and second.entries != first.entries
+    assert second.manifest["listing"] == first.manifest["listing"]
+    assert second.manifest["rows_digest"] != first.manifest["rows_digest"]
+    with pytest.raises(MismatchError, match="permutation_seed is 0 there, 1 now; set it back"):
+        build(config(source, permutation_seed=1))
+    with pytest.raises(MismatchError, match="exif is 'upright' there, 'raw' now"):
+        build(config(source, exif="raw"))
+    with pytest.raises(MismatchError, match="shard_rows is 16 there, 32 now"):
+        build(config(source, shard_rows=32))
+    assert build(config(source, shard_rows=16, decode_threads=1, retries=0)) == first
+
+
+def test_parts_leave_no_trace(source: Path, tmp_path: Path) -> None:
+    build(config(source))
+    assert sorted(files(tmp_path / "work")) == ["cache/index.parquet", "cache/manifest.json"]
+
+
+def test_many_parts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build(config(source))
+    monkeypatch.setattr(index_module, "_PART_ITEMS", 7)
+    parted = dataclasses.replace(config(source), workspace=str(tmp_path / "parted"))
+    assert len(IndexStage(parted).plan().shards) == 6
+    assert build(parted) == whole
+
+
+def test_odd_images_are_noted(source: Path) -> None:
+    grey = Image.fromarray(pixels(1)).convert("L")
+    save(grey, source / "a/grey.png")
+    save(grey, source / "b/grey.jpg")
+    save(Image.fromarray(pixels(2)).convert("RGBA"), source / "a/alpha.png")
+    save(Image.fromarray(pixels(3)).convert("P"), source / "c/palette.gif")
+    turned = Image.fromarray(pixels(4))
+    exif = turned.getexif()
+    exif[274] = 6
+    save(turned, source / "c/turned.jpg", exif=exif)
+    index = build(config(source))
+    assert index.manifest["notes"] == {"alpha": 1, "exif 6": 1, "grayscale": 2, "palette": 1}
+    notes = {entry.key: entry.notes for entry in index.entries if entry.notes}
+    assert notes["c/turned.jpg"] == "exif 6" and notes["b/grey.jpg"] == "grayscale"
+    turned_entry = next(entry for entry in index.entries if entry.key == "c/turned.jpg")
+    assert (turned_entry.height, turned_entry.width) == pixels(4).shape[:2]
+
+
+def test_duplicates_are_counted(source: Path) -> None:
+    for name in ("a/copy.png", "b/copy.png", "c/other.png"):
+        shutil.copy(source / "a/000.png", source / name)
+    shutil.copy(source / "b/001.png", source / "c/copy.png")
+    index = build(config(source))
+    assert (index.num_rows, index.manifest["num_duplicates"]) == (44, 4)
+
+
+def spoil(source: Path) -> None:
+    """Three files that are no images, each in its own way."""
+    (source / "a/empty.png").write_bytes(b"")
+    (source / "b/text.jpg").write_bytes(b"<html>not found</html>")
+    whole = io.BytesIO()
+    Image.fromarray(np.tile(pixels(7), (8, 8, 1))).save(whole, "JPEG")
+    (source / "c/cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+
+
+def test_bad_images_fail_after_the_rest_is_done(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(source)
+    monkeypatch.setattr(index_module, "_PART_ITEMS", 10)
+    with pytest.raises(DataError) as caught:
+        build(config(source, max_bad=2))
+    text = str(caught.value)
+    assert text.startswith("3 of 43 images cannot be used, --max-bad allows 2; the first is a/empt")
+    assert "empty file (0 bytes); mend them or accept them with --max-bad 3" in text
+    store = cache_store(config(source))
+    assert store.size("manifest.json") is None
+    assert len([n for n in store.list("index.parts") if n.endswith(".json")]) == 5
+    examined = []
+    plain = index_module._examine
+    monkeypatch.setattr(index_module, "_examine", lambda *a: examined.append(a) or plain(*a))
+    index = build(config(source, max_bad=3))
+    assert examined == []  # the first run's work was kept
+    assert index.num_rows == len(index.entries) == 40
+    assert index.manifest["num_excluded"] == 3
+    reasons = index.manifest["excluded_reasons"]
+    assert sum(reasons.values()) == 3 and reasons["empty file (0 bytes)"] == 1
+    assert len(read_labels(store)) == 40
+    assert build(config(source)) == index  # accepted once is accepted
+
+
+def test_excluded_rows_are_in_the_index_with_the_reason(source: Path) -> None:
+    import pyarrow.parquet
+
+    spoil(source)
+    build(config(source, max_bad=9))
+    path = source.parent / "work/cache/index.parquet"
+    table = pyarrow.parquet.read_table(path).to_pylist()
+    assert [line["row"] for line in table] == [*range(40), -1, -1, -1]
+    excluded = {line["key"]: line["excluded"] for line in table if line["row"] < 0}
+    assert list(excluded) == ["a/empty.png", "b/text.jpg", "c/cut.jpg"]
+    assert excluded["a/empty.png"] == "empty file (0 bytes)"
+    assert "not an image" in excluded["b/text.jpg"] and "truncated" in excluded["c/cut.jpg"]
+    assert all(line["excluded"] is None for line in table[:40])
+
+
+def test_mended_images_are_indexed_in_the_same_process(source: Path) -> None:
+    spoil(source)
+    with pytest.raises(DataError, match="3 of 43 images"):
+        build(config(source))
+    for name in ("a/empty.png", "b/text.jpg", "c/cut.jpg"):
+        save(Image.fromarray(pixels(9)), source / name, format="PNG")
+    assert build(config(source)).num_rows == 43
+
+
+def test_no_usable_image(tmp_path: Path) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/x.png").write_bytes(b"")
+    with pytest.raises(DataError, match="holds no usable image: check --source"):
+        build(config(tmp_path / "images", max_bad=5))
+
+
+def test_a_damaged_part_is_found(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_PART_ITEMS", 10)
+    spoil(source)
+    with pytest.raises(DataError):
+        build(config(source))
+    path = source.parent / "work/cache/index.parts/000001.part"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"label": 0', b'"label": 1'))
+    with pytest.raises(DamagedError, match="000001.part is damaged.* remove it and run `repa ind"):
+        build(config(source, max_bad=3))
+    path.unlink()
+    assert build(config(source, max_bad=3)).num_rows == 40
+
+
+def test_another_command_finished_first(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands on a fresh workspace: the second takes the first one's index."""
+    expected = build(dataclasses.replace(config(source), workspace=str(source.parent / "x")))
+    plain = IndexStage.seal
+
+    def seal(self: IndexStage, commits: list[Commit]) -> None:
+        monkeypatch.setattr(IndexStage, "seal", plain)
+        assert build(config(source)) == expected
+        self.seal(commits)
+
+    monkeypatch.setattr(IndexStage, "seal", seal)
+    assert build(config(source)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected"),
+    [(1, 16), (40, 16), (511, 16), (512, 32), (1438, 64), (4095, 128), (8191, 256), (8192, 512)],
+)
+def test_default_shard_rows(num_rows: int, expected: int) -> None:
+    assert default_shard_rows(num_rows) == expected
+    assert default_shard_rows(1_281_167) == 512
+
+
+def test_shard_rows_of_the_user(source: Path) -> None:
+    assert build(config(source, shard_rows=7)).manifest["shard_rows"] == 7
+
+
+def test_the_plan_is_an_upper_bound(source: Path) -> None:
+    spoil(source)
+    planned, num_bytes = planned_index(config(source))
+    total = sum(path.stat().st_size for path in source.rglob("*.*"))
+    assert (planned.num_rows, planned.manifest["shard_rows"], num_bytes) == (43, 16, total)
+    assert not (source.parent / "work").exists()
+
+
+def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:
+    build(config(source))
+    moved = source.rename(tmp_path / "elsewhere")
+    assert build(config(moved)).num_rows == 40
+    assert build(config(source)).num_rows == 40  # gone, but nothing is to be read
+    save(Image.fromarray(pixels(50)), moved / "a/050.png")
+    with pytest.raises(MismatchError, match=r"source is '.*images' there, '.*elsewhere' now; set"):
+        build(config(moved))
+    with pytest.raises(MismatchError, match="source is"):
+        build(config(tmp_path / "nowhere"))
+
+
+def test_a_damaged_index(source: Path) -> None:
+    build(config(source))
+    cache = source.parent / "work/cache"
+    whole = (cache / "index.parquet").read_bytes()
+    (cache / "index.parquet").write_bytes(whole[:-1])
+    with pytest.raises(DamagedError, match="index.parquet is not the file that manifest.json desc"):
+        build(config(source))
+    (cache / "index.parquet").write_bytes(whole)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "format_version": 7}))
+    with pytest.raises(DamagedError, match="format version 7, this package reads 1"):
+        read_manifest(LocalStore(str(cache)))
+    (cache / "manifest.json").write_text("{")
+    with pytest.raises(DamagedError, match="manifest.json is not JSON"):
+        read_index(LocalStore(str(cache)))
+
+
+# The two passes over the indexed images.
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[None]:
+    folder = str(tmp_path)
+    autoencoders = [
+        tiny_autoencoder(weights=f"{folder}/kl.safetensors"),
+        tiny_autoencoder("tiny-plain", weights=f"{folder}/plain.safetensors", posterior="none"),
+    ]
+    encoder = tiny_encoder(weights=f"{folder}/teacher.safetensors", patch_size=8)
+    with isolated_tables():
+        for spec in autoencoders:
+            write_weights(spec)
+            TABLES["autoencoders"].add(spec)
+        write_weights(encoder)
+        TABLES["encoders"].add(encoder)
+        yield
+
+
+def latents_config(source: Path, autoencoder: str = "tiny-kl", **changes: Any) -> LatentsConfig:
+    return LatentsConfig(
+        source=str(source),
+        workspace=str(source.parent / "work"),
+        autoencoder=autoencoder,
+        **{"resolution": 16, "batch_size": 6, "device": "cpu", "threads": 1, **changes},
+    )
+
+
+def run(stage: ImageStage) -> StageResult:
+    plan = stage.plan()
+    ledger = Ledger(cache_store(stage.config), f"ledger/{stage.name}", plan.fingerprint)
+    return run_stage(stage, LocalExecutor(0), ledger, Silent())
+
+
+def encode(settings: LatentsConfig) -> np.ndarray[Any, Any]:
+    """The whole sealed array of a pass over the images."""
+    stage = latents_stage(settings, build(settings))
+    run(stage)
+    return read_array(settings, stage.spec.name)
+
+
+def read_array(settings: IndexConfig, name: str) -> np.ndarray[Any, Any]:
+    array = open_sealed(cache_store(settings), name, "x")
+    shards = [array.read_shard(k, array.new_buffer()) for k in range(array.spec.num_shards)]
+    return np.concatenate([as_rows(shard, array.spec.layout) for shard in shards])
+
+
+@pytest.mark.parametrize(("autoencoder", "channels"), [("tiny-kl", 8), ("tiny-plain", 4)])
+def test_latents_are_the_images_in_row_order(
+    autoencoder: str, channels: int, source: Path, parts: None
+) -> None:
+    import torch
+
+    from repa_pipeline.autoencoders.base import load_autoencoder
+
+    settings = latents_config(source, autoencoder)
+    latents = encode(settings)
+    assert latents.shape == (40, channels, 2, 2) and latents.dtype == np.float16
+    network = load_autoencoder(autoencoder)
+    entries = read_index(cache_store(settings)).entries
+    for row, entry in enumerate(entries):
+        decoded = decode_image((source / entry.path).read_bytes())
+        image = torch.from_numpy(adm_center_crop(decoded.image, 16)).permute(2, 0, 1)[None]
+        expected = network.encode(image)[0].numpy()
+        assert np.allclose(latents[row], expected, atol=2e-3)
+    manifest = open_sealed(cache_store(settings), f"latents.{autoencoder}.16", "x").spec.manifest
+    weights = source.parent / f"{'kl' if channels == 8 else 'plain'}.safetensors"
+    assert manifest["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert manifest["rows_digest"] == read_manifest(cache_store(settings))["rows_digest"]
+    assert (manifest["scale"], manifest["shift"]) == ([0.5], [0.1])
+
+
+def test_features_are_row_aligned(source: Path, parts: None) -> None:
+    import torch
+
+    from repa_pipeline.encoders.base import load_encoder
+
+    settings = FeaturesConfig(
+        source=str(source),
+        workspace=str(source.parent / "work"),
+        encoder=("tiny-teacher",),
+        resolution=16,
+        batch_size=6,
+        device="cpu",
+        threads=1,
+    )
+    index = build(settings)
+    (stage,) = features_stages(settings, index)
+    run(stage)
+    features = read_array(settings, "features.tiny-teacher.16")
+    assert features.shape == (40, 4, 16)
+    teacher = load_encoder("tiny-teacher", resolution=16)
+    for row in (0, 17, 39):
+        decoded = decode_image((source / index.entries[row].path).read_bytes())
+        image = torch.from_numpy(adm_center_crop(decoded.image, 16)).permute(2, 0, 1)[None]
+        assert np.allclose(features[row], teacher.tokens(image)[0].numpy(), atol=4e-3)
+    assert stage.spec.manifest["grid"] == [2, 2]
+    for changes, message in (
+        ({"encoder": ("tiny-teacher",) * 2}, "--encoder names one twice"),
+        ({"encoder": ("tiny-teacher", "x"), "weights": "w"}, "--weights names one file for 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            features_stages(dataclasses.replace(settings, **changes), index)
+
+
+def test_batches_have_one_size() -> None:
+    seen: list[int] = []
+
+    def encode_one(batch: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, Any]:
+        seen.append(len(batch))
+        return batch[:, 0, 0].astype(np.float16)
+
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
+    records = encode_in_batches(encode_one, images, 4)
+    assert seen == [4, 4, 4] and np.array_equal(records, images[:, 0, 0].astype(np.float16))
+
+
+def test_changed_bytes_are_refused_and_restored_ones_taken(source: Path, parts: None) -> None:
+    """Same path and size, other content; then a file of another size."""
+    settings = latents_config(source)
+    index = build(settings)
+    victim = source / index.entries[20].path
+    data = victim.read_bytes()
+    stage = latents_stage(settings, index)
+    store = cache_store(settings)
+    for changed, message in (
+        (data[:-1] + bytes([data[-1] ^ 1]), "is not the one that was indexed: restore it, or"),
+        (data + b"x", "source changed since it was indexed"),
+    ):
+        victim.write_bytes(changed)
+        with pytest.raises(StageError, match=r"1 of \d shards? failed, .*rows 16 to 31.*") as e:
+            run(stage)
+        assert message in str(e.value)
+        assert store.list(f"ledger/{stage.name}") == ["000000.json", "000002.json"]
+        assert store.size(f"{stage.name}/seal.json") is None
+    victim.write_bytes(data)
+    assert run(stage).num_new == 1
+    assert read_array(settings, stage.name).shape == (40, 8, 2, 2)
+
+
+def test_where_and_how_fast_do_not_decide_bytes(source: Path, parts: None, tmp_path: Path) -> None:
+    encode(latents_config(source))
+    moved = shutil.copytree(source, tmp_path / "copy/images")
+    encode(latents_config(moved, decode_threads=1, retries=7))
+    here, there = files(tmp_path / "work/cache"), files(tmp_path / "copy/work/cache")
+    assert here.keys() == there.keys()
+    arrays = [name for name in here if name.startswith("latents.")]
+    assert len(arrays) == 5 and all(here[name] == there[name] for name in arrays)
+    assert here["index.parquet"] == there["index.parquet"]
+
+
+def test_a_finished_cache_does_without_its_images(source: Path, parts: None) -> None:
+    before = encode(latents_config(source))
+    shutil.rmtree(source)
+    assert np.array_equal(encode(latents_config(source)), before)
+
+
+def test_settings_that_decide_bytes_are_watched(source: Path, parts: None) -> None:
+    settings = latents_config(source)
+    encode(settings)
+    with pytest.raises(MismatchError, match="batch_size is 6 there, 8 now"):
+        encode(dataclasses.replace(settings, batch_size=8))
+    write_weights(dataclasses.replace(TABLES["autoencoders"]["tiny-kl"]), seed=1)
+    with pytest.raises(MismatchError, match="weights_sha256 is "):
+        encode(settings)
+
+
+def test_values_that_are_not_finite_name_the_image(source: Path, parts: None) -> None:
+    import safetensors.numpy
+
+    path = source.parent / "plain.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    arrays["down.weight"][1, 0, 0, 0] = np.inf
+    path.write_bytes(safetensors.numpy.save(arrays))
+    with pytest.raises(StageError, match="3 of 3 shards failed.* do not fit float16: got one of"):
+        encode(latents_config(source, "tiny-plain"))
+
+
+def test_content_digest_is_blake2b_128() -> None:
+    assert content_digest(b"abc") == "cf4ab791c62b8d2b2109c90275287816"
