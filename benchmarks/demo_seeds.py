@@ -56,7 +56,7 @@ def run_seed(workspace: Path, seed: int) -> dict[str, Any]:
 
 def step_of(folder: Path) -> int:
     """The checkpoint's step in a sample folder's name."""
-    return int(folder.name.split(".")[0].removeprefix("step"))
+    return int(folder.name.removeprefix("step"))
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

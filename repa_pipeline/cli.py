@@ -22,6 +22,7 @@ from repa_pipeline.errors import RepaError
 from repa_pipeline.resolve import Resolved, load_project, resolve
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="repa",
@@ -174,11 +175,12 @@ def selftest(
 def demo(
     workspace: Annotated[str, typer.Option(help="Folder for everything.")] = "./repa-demo",
     seed: Annotated[int, typer.Option(help="Seed of training and sampling.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the commands only.")] = False,
 ) -> None:
     """Run the whole chain on the embedded digits: REPA and its vanilla twin, scored, one page."""
     from repa_pipeline.demo import run_demo
 
-    run_demo(workspace, seed)
+    run_demo(workspace, seed, dry_run)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -194,8 +196,6 @@ def main(arguments: list[str] | None = None) -> None:
         code = command.main(arguments, prog_name="repa", standalone_mode=False)
     except RepaError as error:
         _fail(str(error), EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept, run the same command to go on", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
@@ -204,6 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _fail(f"{error.format_message()} (see `repa --help`)", EXIT_USER_ERROR)
         if type(error).__name__ == "Abort":
-            _fail("aborted", 130)
-        raise
+            code = EXIT_INTERRUPTED
+        else:
+            raise
+    if code == EXIT_INTERRUPTED:  # typer turns KeyboardInterrupt into this code
+        _fail("interrupted; what was finished is kept, run the same command to go on", code)
     raise SystemExit(code if isinstance(code, int) else 0)

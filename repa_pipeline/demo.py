@@ -1,11 +1,12 @@
 """`repa demo`: the whole chain on the embedded digits, as the commands a user would type.
 
 Every step is the public command in a process of its own; nothing here is special to the demo but
-the choice of settings and the judge. A finished step is skipped when the demo is run again.
+the choice of settings and the judge. A finished step does nothing when the demo is run again.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,49 +14,67 @@ from pathlib import Path
 
 import numpy as np
 
+from repa_pipeline.config import EMBEDDED
 from repa_pipeline.data.objects import LocalStore, json_bytes
 from repa_pipeline.errors import StageError
-from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
+from repa_pipeline.resolve import resolve
+from repa_pipeline.training.checkpoint import checkpoint_path
 from repa_pipeline.training.runs import Run
 
 GUIDANCE = ("--cfg", "1.8", "--interval", "0,0.7")
 RUNS = {"repa": (), "vanilla": ("--encoder", "none")}
 
 
-def run_demo(workspace: str, seed: int) -> None:
-    """REPA and its vanilla twin with the same seed: cache, train, sample, score, judge, report.
+def demo_steps(workspace: str, seed: int) -> list[list[list[str]]]:
+    """The demo's commands: steps in order, the commands of one step run side by side.
 
-    Raises StageError when a step fails.
+    REPA and its vanilla twin with the same seed: cache, train, sample and score at several
+    checkpoints, so that the page can show distances against steps, report.
     """
-    began = time.monotonic()
-    _say("REPA on scikit-learn's handwritten digits, with the vanilla twin beside it.")
-    _run(workspace, ["encode-latents"])
-    _run(workspace, ["cache-features"])
+    training = resolve("train", {"source": EMBEDDED}, environment={}).config
+    every = training.checkpoint_every
     seeded = ["--seed", str(seed)]
-    _together(workspace, [["train", name, *extra, *seeded] for name, extra in RUNS.items()])
-    for checkpoints in zip(*(_checkpoints(workspace, name) for name in RUNS), strict=True):
-        _together(
-            workspace,
-            [["sample", "--checkpoint", str(c), *GUIDANCE, *seeded] for c in checkpoints],
-        )
-    for folders in zip(*(_samples(workspace, name) for name in RUNS), strict=True):
-        _together(workspace, [["evaluate", "--samples", str(folder)] for folder in folders])
-        for name, folder in zip(RUNS, folders, strict=True):
-            _say(f"{name}: {judge_samples(folder)}")
-    _run(workspace, ["report"])
-    _say(f"demo finished in {time.monotonic() - began:.0f} s; open {workspace}/report.html")
+    steps = [[["encode-latents"]], [["cache-features"]]]
+    steps += [[["train", name, *extra, *seeded] for name, extra in RUNS.items()]]
+    for done in range(every, training.steps + 1, every):
+        samples, scores = [], []
+        for name in RUNS:
+            run = Run(Path(workspace) / "runs" / name)
+            output = str(_samples(run, done))
+            checkpoint = str(checkpoint_path(run.checkpoints, done))
+            sample = ["sample", "--checkpoint", checkpoint, *GUIDANCE, *seeded]
+            samples.append([*sample, "--output", output])
+            scores.append(["evaluate", "--samples", output])
+        steps += [samples, scores]
+    return [*steps, [["report"]]]
 
 
-def _checkpoints(workspace: str, name: str) -> list[Path]:
-    """The run's checkpoints, so that the page can show distances against steps."""
-    run = Run(Path(workspace) / "runs" / name)
-    return [checkpoint_path(run.checkpoints, step) for step in complete_steps(run.checkpoints)]
+def run_demo(workspace: str, seed: int, dry_run: bool = False) -> None:
+    """Runs the demo's commands and judges the samples; raises StageError when one fails."""
+    began = time.monotonic()
+    print("REPA on scikit-learn's handwritten digits, with the vanilla twin beside it.", flush=True)
+    for commands in demo_steps(workspace, seed):
+        shared = ["--threads", "1"] if len(commands) > 1 else []
+        for arguments in commands:
+            print(f"$ repa {' '.join([*arguments, *shared])}", flush=True)
+        if dry_run:
+            continue
+        if commands == [["report"]]:
+            _judge_all(workspace)
+        _together(workspace, [[*arguments, *shared] for arguments in commands])
+    if not dry_run:
+        took = time.monotonic() - began
+        print(f"demo finished in {took:.0f} s; open {workspace}/report.html", flush=True)
 
 
-def _samples(workspace: str, name: str) -> list[Path]:
-    """The run's sample folders, by step."""
-    folders = (Path(workspace) / "runs" / name / "samples").iterdir()
-    return sorted(folders, key=lambda folder: int(folder.name.split(".")[0].removeprefix("step")))
+def _samples(run: Run, step: int) -> Path:
+    return run.folder / "samples" / f"step{step}"
+
+
+def _judge_all(workspace: str) -> None:
+    for name in RUNS:
+        for folder in sorted((Path(workspace) / "runs" / name / "samples").iterdir()):
+            print(f"{name} {folder.name}: {judge_samples(folder)}", flush=True)
 
 
 def judge_samples(folder: Path) -> str:
@@ -85,36 +104,25 @@ def judge_samples(folder: Path) -> str:
     )
 
 
-def _command(workspace: str, arguments: list[str]) -> list[str]:
-    # A new folder's repa.toml, or REPA_ variables, must not change what the demo shows.
-    program = [sys.executable, "-m", "repa_pipeline"]
-    return [*program, *arguments, "--workspace", workspace, "--source", "embedded:digits"]
-
-
-def _run(workspace: str, arguments: list[str]) -> None:
-    _say(f"$ repa {' '.join(arguments)}")
-    code = subprocess.run(_command(workspace, arguments)).returncode
-    if code:
-        raise StageError(f"`repa {' '.join(arguments)}` ended with exit code {code}: see above")
-
-
 def _together(workspace: str, commands: list[list[str]]) -> None:
-    """Runs commands side by side, one compute thread each: small models gain little from two."""
+    """Runs commands side by side; one alone shows its progress."""
     processes = []
     for arguments in commands:
-        _say(f"$ repa {' '.join(arguments)} --threads 1")
-        command = [*_command(workspace, arguments), "--threads", "1"]
+        quiet = None if len(commands) == 1 else subprocess.PIPE
+        command = [sys.executable, "-m", "repa_pipeline", *arguments]
+        # What a repa.toml here or REPA_ variables say must not change what the demo shows.
+        command += ["--workspace", workspace, "--source", EMBEDDED, "--config", os.devnull]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("REPA_")}
         processes.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command, stdout=quiet, stderr=quiet and subprocess.STDOUT, env=environment
+            )
         )
-    for process, arguments in zip(processes, commands, strict=True):
-        output, _ = process.communicate()
-        _say(output.rstrip())
+    outputs = [process.communicate()[0] for process in processes]
+    for process, arguments, output in zip(processes, commands, outputs, strict=True):
+        if output:
+            print(output.decode().rstrip(), flush=True)
         if process.returncode:
             raise StageError(
                 f"`repa {' '.join(arguments)}` ended with exit code {process.returncode}: see above"
             )
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Commit:
     """What a worker reports of a stored shard.
 
     num_bytes and sha256 are of the stored object; seconds holds the time of each phase (read,
-    decode, encode, write); extra holds small JSON facts (counts of odd inputs, say).
+    decode, encode, write).
     """
 
     index: int
@@ -37,7 +37,6 @@ class Commit:
     num_bytes: int
     sha256: str
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,7 @@ def cache_files(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_commands_give_the_bytes_of_an_undisturbed_run(images: Path, tmp_path: Path) -> None:
     seeded = random.Random(7)
     calm = make_project(tmp_path / "calm", images)
