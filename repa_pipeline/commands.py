@@ -31,8 +31,11 @@ from repa_pipeline.resolve import Project, resolve
 
 def run_index(config: IndexConfig) -> None:
     """`repa index`."""
+    finished = _has_index(config)
     _index(config)
-    if not config.dry_run:
+    if finished:
+        _say(f"nothing to do: the index at {_store_url(config)} is finished")
+    elif not config.dry_run:
         _say(f"index: {_store_url(config)}/index.parquet; next: repa encode-latents")
 
 
@@ -117,6 +120,8 @@ def evaluate(config: EvaluateConfig) -> None:
         _say(f"would score {find_samples(config)} with {config.network} against {reference}")
         return
     result = score(config, progress_for_stream())
+    if not result["new"]:
+        _say(f"nothing to do: {result['path']} is the result of these samples and settings")
     _say(summary(result))
     _say(f"result: {result['path']}; next: repa report")
 
@@ -201,7 +206,7 @@ def _index(config: IndexConfig) -> Index:
             "source: the embedded data set (scikit-learn's handwritten digits); use --source, "
             "REPA_SOURCE or repa.toml for your own images"
         )
-    if config.dry_run and cache_store(config).size("manifest.json") is None:
+    if config.dry_run and not _has_index(config):
         index, num_bytes = planned_index(config)
         _say(
             f"plan: {cache_store(config).url}/index.parquet: {index.num_rows:,} images "
@@ -221,6 +226,12 @@ def _index(config: IndexConfig) -> Index:
             listed = "; ".join(f"{count} x {name}" for name, count in manifest[counts].items())
             _say(f"{what}: {listed}")
     return index
+
+
+def _has_index(config: IndexConfig) -> bool:
+    from repa_pipeline.stages.index import cache_store
+
+    return cache_store(config).size("manifest.json") is not None
 
 
 def _store_url(config: IndexConfig) -> str:

@@ -40,6 +40,7 @@ from repa_pipeline.metrics.digits_judge import DigitsJudge, fit_judge
 from repa_pipeline.metrics.networks import load_network
 
 COMMAND = "OMP_NUM_THREADS=1 python scripts/train_embedded.py"
+DATA = "UCI Optical Recognition of Handwritten Digits (CC BY 4.0), as in scikit-learn's load_digits"
 ASSETS = Path(__file__).resolve().parents[1] / "repa_pipeline" / "assets"
 RESOLUTION, PATCH, NUM_CLASSES = 64, 16, 10
 NAMES = ("vae", "vit", "cnn")
@@ -105,13 +106,7 @@ class Digits:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
-    parser.add_argument(
-        "--only",
-        choices=NAMES,
-        nargs="*",
-        default=NAMES,
-        help="train only these; none: only measure",
-    )
+    parser.add_argument("--only", choices=NAMES, nargs="*", default=NAMES, help="none: measure")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -125,7 +120,7 @@ def main() -> None:
         network, config = trainers[name](digits, PLANS[name])
         save(network, config, asset_path(given.out, name))
         print(f"{name}: trained in {time.monotonic() - start:.0f} s", flush=True)
-    facts = {"command": COMMAND, "seed": given.seed, **describe(digits, given.out)}
+    facts = {"command": COMMAND, "seed": given.seed, "data": DATA, **describe(digits, given.out)}
     (given.out / "assets.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2))
 
@@ -378,7 +373,7 @@ def score_vit(digits: Digits, path: Path, judge: DigitsJudge) -> dict[str, Any]:
 def score_cnn(digits: Digits, path: Path, judge: DigitsJudge) -> dict[str, Any]:
     """Accuracy of the logits."""
     network = load_network("digits-cnn", weights=str(path))
-    scores = {}
+    scores: dict[str, Any] = {}
     for part, index in digits.parts().items():
         logits = network.features(digits.images[index]).logits
         assert logits is not None

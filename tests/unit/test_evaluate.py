@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,7 +196,7 @@ def test_the_numbers_against_the_source(base: Path, tmp_path: Path) -> None:
 def test_what_the_result_says(base: Path, tmp_path: Path) -> None:
     result = evaluate(config_of(base, tmp_path), Silent())
     stored = json.loads((tmp_path / "result.json").read_text())
-    assert result == {**stored, "path": str(tmp_path / "result.json")}
+    assert result == {**stored, "path": str(tmp_path / "result.json"), "new": True}
     assert (stored["num_samples"], stored["sample_settings"]["cfg"]) == (30, 1.5)
     assert stored["network"]["name"] == "toy-net" and len(stored["network"]["weights_sha256"]) == 64
     assert stored["reference"]["kind"] == "training source"
@@ -285,7 +286,14 @@ def test_statistics_of_the_source_are_made_once(base: Path, tmp_path: Path) -> N
     (stored,) = (workspace / "references").iterdir()
     assert stored.name.startswith(f"source.toy-net.{SIZE}.") and stored.suffix == ".npz"
     source.rename(tmp_path / "gone")
-    assert evaluate(config, Silent()) == first
+    assert evaluate(config, Silent()) == {**first, "new": False}
+    elsewhere = dataclasses.replace(config, output=str(tmp_path / "again.json"))
+    again = evaluate(elsewhere, Silent())
+    assert again == {**first, "path": elsewhere.output}
+    other = evaluate(dataclasses.replace(config, is_split=7), Silent())
+    assert other["new"] and other["metrics"]["inception_score"] != pytest.approx(
+        first["metrics"]["inception_score"]
+    )
 
     settings = {"workspace": str(workspace), "reference_images": 6}
     with pytest.raises(MissingError):  # other rows are kept for precision, so it is made anew
