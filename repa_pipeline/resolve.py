@@ -50,7 +50,7 @@ def load_project(path: str | None = None) -> Project:
     """Reads repa.toml (or the given file); raises ConfigError when it does not parse."""
     given = path or os.environ.get("REPA_CONFIG")
     file = Path(given or "repa.toml")
-    if not file.exists():
+    if file.is_dir() or not file.exists():
         if given:
             raise MissingError(f"no configuration file {file}: check --config (or REPA_CONFIG)")
         return Project(Path("."), None, {})

@@ -28,7 +28,7 @@ from repa_pipeline.metrics.networks import load_network
 from repa_pipeline.weights import ASSETS, load_config
 
 CNN_FLOOR = 0.98
-KNN_FLOOR = 0.95
+KNN_FLOOR = 0.96
 PSNR_FLOOR_DB = 36.0
 JUDGE_FLOOR = 0.98
 MAX_BYTES = 2**20

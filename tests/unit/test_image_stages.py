@@ -1,4 +1,4 @@
-"""The two passes over the images: aligned rows, watched inputs, bytes that depend on nothing else."""
+"""The two passes over the images: aligned rows, watched inputs, bytes of nothing else."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = f"sample --workspace {workspace} --num-images 6 --num-steps 4 --batch-size 3 --cfg 1.8"
-    line += " --interval 0,0.7 --shard-rows 3 --grid 4 --output out --threads 1"
+    line += " --interval 0,0.7 --shard-rows 3 --grid 4 --output out --threads 1 --sampler sde"
 
     def repa(arguments: str) -> str:
         with pytest.raises(SystemExit) as caught:
