@@ -32,7 +32,7 @@ from repa_pipeline.resolve import Project, resolve
 def run_index(config: IndexConfig) -> None:
     """`repa index`."""
     finished = _has_index(config)
-    _index(config)
+    _index(config, relist=True)
     if finished:
         _say(f"nothing to do: the index at {_store_url(config)} is finished")
     elif not config.dry_run:
@@ -197,7 +197,7 @@ def run_selftest_command(vectors: str, device: str, dtype: str) -> int:
     return 0 if found.passed else 1
 
 
-def _index(config: IndexConfig) -> Index:
+def _index(config: IndexConfig, relist: bool = False) -> Index:
     """The finished index (for --dry-run a planned one), with a word on what is in the source."""
     from repa_pipeline.stages.index import cache_store, ensure_index, planned_index
 
@@ -213,7 +213,7 @@ def _index(config: IndexConfig) -> Index:
             f"({_size(num_bytes)}) to read, decode and index; done: 0"
         )
         return index
-    index = ensure_index(config, progress_for_stream())
+    index = ensure_index(config, progress_for_stream(), relist)
     manifest = index.manifest
     _say(
         f"{index.num_rows:,} images in {manifest['num_classes']} classes, "

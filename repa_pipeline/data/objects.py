@@ -8,6 +8,7 @@ single conditional PUT.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from repa_pipeline.errors import DamagedError, MissingError, StageError
 
 _EXISTS_CODES = {"PreconditionFailed", "ConditionalRequestConflict"}
 _TEMPORARY = ".tmp-"
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class ObjectStore(Protocol):
@@ -77,14 +79,14 @@ class LocalStore:
     def get(self, key: str) -> bytes:
         try:
             return (self.root / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except _ABSENT as error:
             raise MissingError(f"no object {self.root / key}") from error
 
     def read_into(self, key: str, buffer: memoryview) -> int:
         try:
             with open(self.root / key, "rb", buffering=0) as file:
                 return _read_all(file, buffer)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except _ABSENT as error:
             raise MissingError(f"no object {self.root / key}") from error
 
     def size(self, key: str) -> int | None:
@@ -118,7 +120,8 @@ class LocalStore:
         return sorted(n for n in os.listdir(folder) if not n.startswith(_TEMPORARY))
 
     def delete(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
+        with contextlib.suppress(*_ABSENT):
+            (self.root / key).unlink()
 
     def child(self, name: str) -> ObjectStore:
         return LocalStore(os.path.join(self.url, name))
@@ -134,8 +137,13 @@ class LocalStore:
                 while view:
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             temporary.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StageError(
+                    f"no space left for {final}: free some and run the same command again, it "
+                    "goes on where it stopped"
+                ) from error
             raise
         return temporary
 
@@ -162,7 +170,7 @@ class RemoteStore:
     def get(self, key: str) -> bytes:
         try:
             data: bytes = self._fs.cat_file(f"{self._root}/{key}")
-        except FileNotFoundError as error:
+        except _ABSENT as error:
             raise MissingError(f"no object {self.url}/{key}") from error
         return data
 
@@ -175,7 +183,7 @@ class RemoteStore:
     def size(self, key: str) -> int | None:
         try:
             info = self._fs.info(f"{self._root}/{key}")
-        except FileNotFoundError:
+        except _ABSENT:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
@@ -202,13 +210,13 @@ class RemoteStore:
         folder = f"{self._root}/{prefix}".rstrip("/")
         try:
             entries = [str(entry).rstrip("/") for entry in self._fs.ls(folder, detail=False)]
-        except (FileNotFoundError, NotADirectoryError):
+        except _ABSENT:
             return []
         # Listing an object, and some stores listing a folder, name the thing itself.
         return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry != folder)
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*_ABSENT):
             self._fs.rm_file(f"{self._root}/{key}")
 
     def child(self, name: str) -> ObjectStore:

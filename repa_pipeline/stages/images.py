@@ -70,7 +70,6 @@ class ImageStage:
             images, read_s, decode_s = load_images(source, rows, self.config)
             began = time.perf_counter()
             records = encode_in_batches(encode, images, self.config.batch_size)
-            _check_finite(records, rows)
             encode_s = time.perf_counter() - began
             began = time.perf_counter()
             num_bytes, sha256 = write_shard(store, self.spec, shard.index, records)
@@ -179,15 +178,3 @@ def _read_indexed(source: Source, row: Entry) -> bytes:
             "start a new --workspace"
         )
     return data
-
-
-def _check_finite(records: Records, rows: tuple[Entry, ...]) -> None:
-    if not np.issubdtype(records.dtype, np.floating):
-        return
-    bad = ~np.isfinite(records).all(axis=tuple(range(1, records.ndim)))
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise DataError(
-            f"image {rows[row].key} gives values that are not finite in {records.dtype}: check "
-            "the weights, or exclude the image from the source"
-        )

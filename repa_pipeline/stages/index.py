@@ -53,10 +53,12 @@ def open_config_source(config: IndexConfig) -> Source:
     )
 
 
-def ensure_index(config: IndexConfig, progress: Progress) -> Index:
+def ensure_index(config: IndexConfig, progress: Progress, relist: bool = False) -> Index:
     """The finished index of the workspace, made now if need be.
 
-    Raises MismatchError when the workspace's index is of another source or other settings.
+    A finished one is compared with the source's listing when the source has another name, or with
+    `relist`; otherwise a finished cache does without its images. Raises MismatchError when the
+    workspace's index is of another source or other settings.
     """
     _listing.cache_clear()
     store = cache_store(config)
@@ -66,7 +68,7 @@ def ensure_index(config: IndexConfig, progress: Progress) -> Index:
         executor = LocalExecutor(config.retries)
         run_stage(stage, executor, ledger, progress)
     else:
-        _check_same_index(config, store)
+        _check_same_index(config, store, relist)
     for name in store.list(_PARTS):  # the index holds all that they said
         store.delete(f"{_PARTS}/{name}")
     return read_index(store)
@@ -244,18 +246,22 @@ def default_shard_rows(num_rows: int) -> int:
     return 16
 
 
-def _check_same_index(config: IndexConfig, store: ObjectStore) -> None:
+def _check_same_index(config: IndexConfig, store: ObjectStore, relist: bool = False) -> None:
     manifest = read_manifest(store)
     got = {"permutation_seed": manifest["permutation_seed"], **manifest["decode"]}
     now = {"permutation_seed": config.permutation_seed, **_decode_settings(config)}
     if config.shard_rows:
         got["shard_rows"], now["shard_rows"] = manifest["shard_rows"], config.shard_rows
-    # The same name is not listed again, so that a finished cache does without its images.
-    if manifest["source"] != config.source:
+    if relist or manifest["source"] != config.source:
         got["listing"], now["listing"] = manifest["listing"], _listing_or_none(config)
     difference = first_difference(got, now)
     if difference:
         name, there, here = difference
+        if name == "listing" and manifest["source"] == config.source:
+            raise MismatchError(
+                f"{config.source} lists other images than the index at {store.url}: files were "
+                "added, removed or replaced; restore them or use another --workspace"
+            )
         if name == "listing":
             name, there, here = "source", manifest["source"], config.source
         raise MismatchError(

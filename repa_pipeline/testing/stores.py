@@ -23,7 +23,8 @@ NUM_RACERS = 16
 
 def absent_objects(store: ObjectStore) -> None:
     """An absent key is None, an empty list or MissingError; deleting it is nothing."""
-    for key in ("a", "a/b/c"):
+    store.put_new("object", b"1")
+    for key in ("a", "a/b/c", "object/below"):
         _expect("size", store.size(key), None)
         _expect("list", store.list(key), [])
         store.delete(key)

@@ -20,7 +20,7 @@ from repa_pipeline.testing.caches import isolated_tables, write_toy_cache
 from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps, load_checkpoint
 
-STEPS, LOG_EVERY, CHECKPOINT_EVERY = 56, 3, 7
+STEPS, LOG_EVERY, CHECKPOINT_EVERY = 42, 4, 6
 TIMING = ("images_per_s", "data_wait")
 TIMEOUT_S = 300
 
@@ -129,7 +129,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
 def test_a_killed_training_run(project: Path) -> None:
     run, undisturbed = project / "runs" / "killed", project / "runs" / "whole"
     moments = random.Random(0)
-    for low, high in ((9, 18), (24, 36)):
+    for low, high in ((8, 13), (18, 26)):
         step = moments.randint(low, high)
         kill_when("train killed", lambda step=step: last_event_step(run) >= step)
         left = complete_steps(run / "checkpoints")
@@ -139,7 +139,7 @@ def test_a_killed_training_run(project: Path) -> None:
     assert curve(run) == curve(undisturbed)
     assert [event["step"] for event in curve(run)] == [*range(LOG_EVERY, STEPS, LOG_EVERY), STEPS]
     steps = complete_steps(undisturbed / "checkpoints")
-    assert complete_steps(run / "checkpoints") == steps and len(steps) == 8
+    assert complete_steps(run / "checkpoints") == steps and len(steps) == 7
     for step in steps:
         ours, theirs = (
             load_checkpoint(checkpoint_path(r / "checkpoints", step)) for r in (run, undisturbed)

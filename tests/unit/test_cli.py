@@ -16,7 +16,7 @@ from repa_pipeline.config import COMMANDS
 from repa_pipeline.errors import DataError
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.train import plan_training, train
-from repa_pipeline.testing.caches import toy_train_config, write_toy_cache
+from repa_pipeline.testing.caches import ToyTeacher, toy_train_config, write_toy_cache
 
 HEAVY = ("torch", "ray", "timm", "diffusers", "zarr", "numpy", "pyarrow", "tensorboard")
 
@@ -216,14 +216,14 @@ def test_config_shows_values_and_origins(
 def test_runs_and_choosing_between_them(repa: Repa, tmp_path: Path) -> None:
     assert repa("runs").out == "no runs in repa-workspace/runs: run `repa train` first\n"
     workspace = tmp_path / "repa-workspace"
-    write_toy_cache(workspace)
+    write_toy_cache(workspace, teachers=(ToyTeacher("my.vit"),))
     for changes in ({"name": "one", "seed": 4}, {"name": "two", "encoder": ("none",)}):
         train(plan_training(toy_train_config(workspace, steps=1, **changes)), Silent())
     code, out, _ = repa("runs")
     assert code == 0
     first, second = out.splitlines()
     where = "repa-workspace/runs"
-    assert first == f"one  step 1 of 1  SiT-XS/2  toy-vit  seed 4  {where}/one"
+    assert first == f"one  step 1 of 1  SiT-XS/2  my.vit  seed 4  {where}/one"
     assert second == f"two  step 1 of 1  SiT-XS/2  vanilla  seed 0  {where}/two"
     expected = f"2 runs in {where} (one, two): choose with --run NAME"
     assert repa.refused("sample") == expected

@@ -315,6 +315,11 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
         score(network="encoder:dinov2b")
     with pytest.raises(MissingError, match="no weights file at none.npy for network 'toy-net'"):
         score(network_weights="none.npy")
+    changed = {"networks.toy-net": {"config": {"layer": 3}}}
+    with pytest.raises(ConfigError, match="changes more of 'toy-net' than its weights"):
+        score(overrides=changed)
+    with pytest.raises(MissingError, match="no weights file at none.npy for network 'toy-net'"):
+        score(overrides={"networks.toy-net": {"weights": "none.npy"}})
     with pytest.raises(MissingError, match=r"no cache at .*: run `repa encode-latents` first"):
         score(workspace=str(tmp_path / "empty"))
     larger = np.zeros((5, 32, 32, 3), np.uint8)

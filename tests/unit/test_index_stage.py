@@ -118,6 +118,15 @@ def test_the_seed_decides_the_order_and_nothing_else(source: Path, tmp_path: Pat
     assert build(config(source, shard_rows=16, decode_threads=1, retries=0)) == first
 
 
+def test_an_added_image_is_noticed_when_asked(source: Path) -> None:
+    first = build(config(source))
+    picture = next(source.rglob("*.png"))
+    (picture.parent / "added.png").write_bytes(picture.read_bytes())
+    assert ensure_index(config(source), Silent()) == first
+    with pytest.raises(MismatchError, match="lists other images than the index"):
+        ensure_index(config(source), Silent(), relist=True)
+
+
 def test_parts_leave_no_trace(source: Path, tmp_path: Path) -> None:
     build(config(source))
     assert sorted(files(tmp_path / "work")) == ["cache/index.parquet", "cache/manifest.json"]

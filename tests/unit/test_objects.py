@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     store.put("k", b"old")
     monkeypatch.setattr(objects.os, "fsync", fail)
     for write in (store.put, store.put_new):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StageError, match="no space left for .*: free some and run"):
             write("k" if write == store.put else "new", b"new")
     assert os.listdir(tmp_path) == ["k"] and store.get("k") == b"old"
 
