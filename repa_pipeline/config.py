@@ -321,7 +321,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "sample": {
             "num_images": 1000,
             "sampler": "euler",
-            "num_steps": 20,
+            "num_steps": 12,
             "batch_size": 100,
             "shard_rows": 100,
         },
