@@ -354,7 +354,8 @@ def _default_output(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
         f"step{manifest['step']}.{manifest['sampler']}{manifest['num_steps']}.{guidance}."
         f"seed{manifest['seed']}.n{manifest['num_images']}.{fingerprint(manifest)[:8]}"
     )
-    return Path(os.path.relpath(run)) / "samples" / name
+    relative = os.path.relpath(run)
+    return (run if relative.startswith(os.pardir) else Path(relative)) / "samples" / name
 
 
 def read_settings(folder: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from repa_pipeline import resolve as resolving
 from repa_pipeline.config import COMMANDS, PRESETS, TrainConfig, as_json, decisions, from_json
 from repa_pipeline.errors import ConfigError, MissingError, UnknownNameError
 from repa_pipeline.registry import autoencoder_spec, encoder_spec
@@ -129,6 +130,13 @@ def test_presets() -> None:
                 assert known, f"{name} sets {section}.{key}, which no command has"
                 default = next(f for f in dataclasses.fields(known[0]) if f.name == key).default
                 assert type(default) in (type(value), type(None))
+
+
+def test_a_presets_section_wins_over_its_general_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = {"": {"batch_size": 3}, "train": {"batch_size": 5}}
+    monkeypatch.setattr(resolving, "PRESETS", {"digits": digits})
+    assert settle("train").config.batch_size == 5
+    assert settle("sample").config.batch_size == 3
 
 
 def test_paths_in_the_file_are_relative_to_its_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from repa_pipeline.autoencoders.base import load_autoencoder
 from repa_pipeline.cli import main
 from repa_pipeline.config import SampleConfig
 from repa_pipeline.data.objects import open_store
@@ -196,6 +197,15 @@ def test_truncating_and_rounding_to_levels(workspace: Path) -> None:
     assert rounded[0, 0, :, 1].tolist()[5:] == [254, 255, 255, 255]
 
 
+def test_images_are_the_decoded_unscaled_latents(workspace: Path) -> None:
+    sampler = sampler_of(workspace, batch_size=3)
+    raw = sampler.latents([0, 1, 2]).float() / 0.5 + 0.1
+    decoder = load_autoencoder(tiny_autoencoder(weights=str(workspace / "tiny.safetensors")))
+    pixels = decoder.decode(raw).permute(0, 2, 3, 1).numpy()
+    expected = np.clip(255 * (pixels + 1) / 2, 0, 255)
+    assert np.abs(sampler.images(range(3)) - expected).max() <= 1 and expected.std() > 10
+
+
 class Counting:
     """Counts the model's calls by (guided, t)."""
 
@@ -290,7 +300,9 @@ def test_pictures_of_many_classes_and_of_few_images() -> None:
     assert [unsorted[6, 2 + 4 * i, 0] for i in range(3)] == [3, 4, 255]
 
 
-def test_settings_are_recorded(workspace: Path, tmp_path: Path) -> None:
+def test_settings_are_recorded(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(workspace, tmp_path / "out", interval=(0.0, 0.7), num_images=5)
     settings = read_settings(str(tmp_path / "out"))
     expected = {"cfg": 2.0, "interval": [0.0, 0.7], "uint8": "truncate", "step": 12}
@@ -302,6 +314,10 @@ def test_settings_are_recorded(workspace: Path, tmp_path: Path) -> None:
     assert "/runs/toy/samples/step12.sde6.cfg1.8-0-0.7.seed0.n10." in default.output
     plain = sample_stage(config_of(workspace, cfg=1.0, interval=(0.0, 0.7)))
     assert "/step12.sde6.plain.seed0.n10." in plain.output
+    assert plain.output.startswith(str(workspace))
+    monkeypatch.chdir(workspace)
+    inside = sample_stage(config_of(workspace, cfg=1.0)).output
+    assert inside.startswith("runs/toy/samples/step12.sde6.plain.")
 
 
 def test_a_folder_of_other_settings_is_refused(workspace: Path, tmp_path: Path) -> None:

@@ -242,14 +242,6 @@ def test_the_vanilla_twin_sees_what_the_repa_run_sees(tmp_path: Path) -> None:
         assert torch.equal(value, trunk[name]), name
 
 
-def test_method_sit_ignores_cached_features(tmp_path: Path) -> None:
-    write_toy_cache(tmp_path)
-    plan = plan_training(toy_train_config(tmp_path, method="sit"))
-    assert plan.inputs.features == () and plan.name == "sit-xs-2.vanilla"
-    with pytest.raises(ConfigError, match="method repa needs a teacher"):
-        plan_training(toy_train_config(tmp_path, method="repa", encoder=("none",)))
-
-
 def test_share_of_dropped_labels(tmp_path: Path) -> None:
     num_steps, batch_size, share = 400, 64, 0.1
     dropped = [StepDraws(0, step, batch_size, "cpu").dropped(share) for step in range(num_steps)]

@@ -150,3 +150,11 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     write_toy_cache(tmp_path)
     with pytest.raises(ConfigError, match="batch_size 49 is larger than the data set of 48 rows"):
         plan_training(toy_train_config(tmp_path, batch_size=49))
+
+
+def test_method_sit_ignores_cached_features(tmp_path: Path) -> None:
+    write_toy_cache(tmp_path)
+    plan = plan_training(toy_train_config(tmp_path, method="sit"))
+    assert plan.inputs.features == () and plan.name == "sit-xs-2.vanilla"
+    with pytest.raises(ConfigError, match="method repa needs a teacher"):
+        plan_training(toy_train_config(tmp_path, method="repa", encoder=("none",)))

@@ -228,6 +228,20 @@ def test_skipped_steps_are_counted_and_left_out_of_the_means(workspace: Path) ->
     assert means["loss"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_counts_of_skipped_steps_survive_a_resume(workspace: Path) -> None:
+    config = toy_train_config(workspace, steps=3, log_every=1)
+    train(faulty(plan_training(config), {2, 3}), Silent())
+    longer = dataclasses.replace(config, steps=5)
+    result = train(plan_training(longer), Silent())
+    assert [e["skipped_steps"] for e in events_of(result.run.folder)] == [0, 1, 2, 2, 2]
+
+    config = dataclasses.replace(config, name="bad", steps=3)
+    train(faulty(plan_training(config), {2, 3}), Silent())
+    plan = faulty(plan_training(dataclasses.replace(config, steps=50)), set(range(1, 50)))
+    with pytest.raises(StageError, match=r"10 steps in a row \(step 10\)"):
+        train(plan, Silent())
+
+
 def test_ten_bad_steps_in_a_row_end_the_run(workspace: Path) -> None:
     assert MAX_BAD_STEPS == 10
     config = toy_train_config(workspace, steps=20, checkpoint_every=2)
