@@ -164,11 +164,12 @@ def selftest(
     vectors: Annotated[str, typer.Option(help="Folder of reference vectors.")],
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, tf32 or bf16.")] = "float32",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be checked.")] = False,
 ) -> None:
     """Check this installation against reference vectors; exit 1 above the tolerance."""
     from repa_pipeline.commands import run_selftest_command
 
-    raise typer.Exit(run_selftest_command(vectors, device, dtype))
+    raise typer.Exit(run_selftest_command(vectors, device, dtype, dry_run))
 
 
 @app.command("demo")

@@ -170,12 +170,19 @@ def print_config(command: str | None, project: Project) -> None:
             _say(f"  {entry}: {changes}  ({project.path})")
 
 
-def run_selftest_command(vectors: str, device: str, dtype: str) -> int:
+def run_selftest_command(vectors: str, device: str, dtype: str, dry_run: bool = False) -> int:
     """`repa selftest`; returns the exit code: 0 within tolerance, 1 above."""
     from repa_pipeline.device import choose_device
-    from repa_pipeline.stages.selftest import run_selftest
+    from repa_pipeline.stages.selftest import plan_selftest, run_selftest
 
     wanted: Any = dtype  # run_selftest refuses an unknown one
+    if dry_run:
+        planned, left_out = plan_selftest(vectors, choose_device(device), wanted)
+        for file, name in planned:
+            _say(f"would check  {file}  {name}")
+        for skipped in left_out:
+            _say(f"would skip  {skipped.file}: {skipped.reason}")
+        return 0
     found = run_selftest(vectors, choose_device(device), wanted)
     for group in found.groups:
         worst = "-" if group.worst is None else f"{group.worst:.3g}"

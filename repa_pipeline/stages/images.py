@@ -16,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline.config import EncodeConfig
-from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
+from repa_pipeline.data.array import ArraySpec, write_shard
 from repa_pipeline.data.image import adm_center_crop, decode_image
 from repa_pipeline.data.index import Entry, content_digest, read_index
+from repa_pipeline.data.objects import ObjectStore
 from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.data.source import Item, Source
 from repa_pipeline.device import choose_device, prepare_compute
-from repa_pipeline.engine.contracts import Commit, Plan, Shard, Work, split_rows
+from repa_pipeline.engine.contracts import Commit, Shard, Work
 from repa_pipeline.errors import DataError, StageError
+from repa_pipeline.stages.array_stage import ArrayStage
 from repa_pipeline.stages.index import cache_store, open_config_source
 
 Images = npt.NDArray[np.uint8]
@@ -32,7 +34,7 @@ Encode = Callable[[Images], Records]
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageStage:
+class ImageStage(ArrayStage):
     """A pass over all images that writes one array. Subclasses say which model and which array."""
 
     config: EncodeConfig
@@ -46,21 +48,13 @@ class ImageStage:
         """Loads the weights; returns uint8 [b, R, R, 3] -> records [b, ...] of the spec's dtype."""
         raise NotImplementedError
 
-    def plan(self) -> Plan:
-        return Plan(
-            where=f"{cache_store(self.config).url}/{self.spec.name}",
-            fingerprint=self.spec.fingerprint,
-            shards=split_rows(self.spec.num_rows, self.spec.layout.shard_rows),
-            num_rows=self.spec.num_rows,
-            num_bytes=self.spec.num_bytes,
-        )
-
-    def begin(self) -> None:
-        begin_array(cache_store(self.config), self.spec)
+    @property
+    def store(self) -> ObjectStore:
+        return cache_store(self.config)
 
     def open(self) -> Work:
         prepare_compute(self.config.threads)
-        store, source = cache_store(self.config), open_config_source(self.config)
+        store, source = self.store, open_config_source(self.config)
         entries = read_index(store).entries
         check_scratch(entries, self.config)
         encode = self.load(choose_device(self.config.device))
@@ -82,20 +76,6 @@ class ImageStage:
             return Commit(shard.index, len(rows), num_bytes, sha256, seconds)
 
         return work
-
-    def seal(self, commits: list[Commit]) -> None:
-        shards = [
-            {"index": c.index, "rows": c.rows, "num_bytes": c.num_bytes, "sha256": c.sha256}
-            for c in commits
-        ]
-        seal_array(cache_store(self.config), self.spec, shards)
-
-    def is_sealed(self) -> bool:
-        return cache_store(self.config).size(f"{self.spec.name}/seal.json") is not None
-
-    def stands(self, commit: Commit) -> bool:
-        key = self.spec.shard_key(commit.index)
-        return cache_store(self.config).size(key) == commit.num_bytes
 
 
 def common_manifest(config: EncodeConfig, index: Any) -> dict[str, Any]:

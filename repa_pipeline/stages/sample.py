@@ -20,18 +20,17 @@ from repa_pipeline.config import SampleConfig, TrainConfig, decisions, from_json
 from repa_pipeline.data.array import (
     ArraySpec,
     SealedArray,
-    begin_array,
     fingerprint,
     open_sealed,
-    seal_array,
     write_shard,
 )
-from repa_pipeline.data.objects import open_store
+from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.data.shards import RecordLayout, as_rows
 from repa_pipeline.device import choose_device, prepare_compute
-from repa_pipeline.engine.contracts import Commit, Plan, Shard, Work, split_rows
+from repa_pipeline.engine.contracts import Commit, Shard, Work
 from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.registry import autoencoder_spec, load_plugins
+from repa_pipeline.stages.array_stage import ArrayStage
 from repa_pipeline.training.draws import seed_of
 from repa_pipeline.training.runs import find_run
 
@@ -46,7 +45,7 @@ Images = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleStage:
+class SampleStage(ArrayStage):
     """Writes images: uint8 [num_images, R, R, 3], image k in row k."""
 
     config: SampleConfig
@@ -55,21 +54,13 @@ class SampleStage:
     spec: ArraySpec
     name: str = "sample"
 
-    def plan(self) -> Plan:
-        return Plan(
-            where=self.output,
-            fingerprint=self.spec.fingerprint,
-            shards=split_rows(self.spec.num_rows, self.spec.layout.shard_rows),
-            num_rows=self.spec.num_rows,
-            num_bytes=self.spec.num_bytes,
-        )
-
-    def begin(self) -> None:
-        begin_array(open_store(self.output), self.spec)
+    @property
+    def store(self) -> ObjectStore:
+        return open_store(self.output)
 
     def open(self) -> Work:
         prepare_compute(self.config.threads)
-        store = open_store(self.output)
+        store = self.store
         sampler = Sampler(self.config, self.checkpoint, self.spec.manifest)
 
         def work(shard: Shard) -> Commit:
@@ -78,19 +69,6 @@ class SampleStage:
             return Commit(shard.index, shard.num_rows, num_bytes, sha256)
 
         return work
-
-    def seal(self, commits: list[Commit]) -> None:
-        shards = [
-            {"index": c.index, "rows": c.rows, "num_bytes": c.num_bytes, "sha256": c.sha256}
-            for c in commits
-        ]
-        seal_array(open_store(self.output), self.spec, shards)
-
-    def is_sealed(self) -> bool:
-        return open_store(self.output).size(f"{IMAGES}/seal.json") is not None
-
-    def stands(self, commit: Commit) -> bool:
-        return open_store(self.output).size(self.spec.shard_key(commit.index)) == commit.num_bytes
 
 
 class Sampler:

@@ -48,13 +48,7 @@ def run_selftest(vectors: str, device: str = "cpu", dtype: Precision = "float32"
     results: list[GroupResult] = []
     skipped: list[Skipped] = []
     with _tf32(dtype == "tf32"):
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            try:
-                groups, unknown = _open(path, device, dtype)
-            except _NotVectors as reason:
-                skipped.append(Skipped(path.name, str(reason)))
-                continue
-            skipped += [Skipped(path.name, f"{name}: not known here") for name in unknown]
+        for path, groups in _recognised(folder, device, dtype, skipped):
             results += [run_group(path.name, group, dtype) for group in groups]
     if not results:
         raise MissingError(
@@ -63,6 +57,31 @@ def run_selftest(vectors: str, device: str = "cpu", dtype: Precision = "float32"
             "(.safetensors) or preprocessing, ADM metrics or resize vectors (.npz)"
         )
     return SelftestReport(str(vectors), device, dtype, tuple(results), tuple(skipped))
+
+
+def plan_selftest(
+    vectors: str, device: str = "cpu", dtype: Precision = "float32"
+) -> tuple[list[tuple[str, str]], list[Skipped]]:
+    """What `run_selftest` would check, as (file, group), and the files it would skip."""
+    folder = Path(vectors)
+    _check(folder, device, dtype)
+    skipped: list[Skipped] = []
+    found = _recognised(folder, device, dtype, skipped)
+    return [(path.name, group.name) for path, groups in found for group in groups], skipped
+
+
+def _recognised(
+    folder: Path, device: str, dtype: Precision, skipped: list[Skipped]
+) -> Iterator[tuple[Path, list[Group]]]:
+    """Yields the vector files with their groups; adds the others to `skipped`."""
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        try:
+            groups, unknown = _open(path, device, dtype)
+        except _NotVectors as reason:
+            skipped.append(Skipped(path.name, str(reason)))
+            continue
+        skipped += [Skipped(path.name, f"{name}: not known here") for name in unknown]
+        yield path, groups
 
 
 def _check(folder: Path, device: str, dtype: str) -> None:
@@ -96,18 +115,25 @@ def _open(path: Path, device: str, dtype: Precision) -> tuple[list[Group], list[
     Raises _NotVectors with the reason when the file is of no known format, cannot be read, or has
     not all the arrays of any group.
     """
-    if path.suffix == ".safetensors":
-        groups, unknown = _open_safetensors(path, device, dtype)
-    elif path.suffix == ".npz":
+    if path.suffix == ".npz" or zipfile.is_zipfile(path):
         groups, unknown = _open_npz(path)
+    elif path.suffix == ".safetensors" or _looks_like_safetensors(path):
+        groups, unknown = _open_safetensors(path, device, dtype)
     else:
-        raise _NotVectors("not a vector file: neither .safetensors nor .npz")
+        raise _NotVectors("not a vector file: neither safetensors nor npz")
     if not groups:
         raise _NotVectors(
             "no group of a known format has all its arrays"
             + (f"; not known here: {', '.join(unknown[:5])}" if unknown else "")
         )
     return groups, unknown
+
+
+def _looks_like_safetensors(path: Path) -> bool:
+    """Eight bytes of header length, then a JSON object."""
+    with open(path, "rb") as file:
+        length, first = int.from_bytes(file.read(8), "little"), file.read(1)
+    return first == b"{" and length <= path.stat().st_size - 8
 
 
 def _open_safetensors(path: Path, device: str, dtype: Precision) -> tuple[list[Group], list[str]]:

@@ -20,7 +20,7 @@ from repa_pipeline.diffusion.samplers import sample_sde
 from repa_pipeline.errors import ConfigError, MissingError
 from repa_pipeline.models.projector import build_projector
 from repa_pipeline.models.sit import SiT, SiTConfig
-from repa_pipeline.stages.selftest import run_selftest
+from repa_pipeline.stages.selftest import plan_selftest, run_selftest
 
 SIT = "sit_repa.safetensors"
 NPZ = ("preprocessing.npz", "adm_metrics.npz", "tf_resize.npz")
@@ -146,10 +146,14 @@ def test_files_are_known_by_their_keys(copy: Callable[..., pathlib.Path]) -> Non
     tensors, config = read_sit(path)
     write_sit(path, without_samples(tensors), config)
     folder = copy("tf_resize.npz", "b.npz").parent
-    copy("adm_metrics.npz", "c.npz")
+    copy("adm_metrics.npz", "c.dat")
+    write_sit(folder / "d", without_samples(tensors), config)
     report = run_selftest(str(folder))
     assert report.passed
-    assert {group.file for group in report.groups} == {"a.safetensors", "b.npz", "c.npz"}
+    assert {group.file for group in report.groups} == {"a.safetensors", "b.npz", "c.dat", "d"}
+    planned, skipped = plan_selftest(str(folder))
+    assert planned == [(group.file, group.group) for group in report.groups]
+    assert skipped == list(report.skipped) == []
 
 
 def test_files_of_no_known_format_are_listed(copy: Callable[..., pathlib.Path]) -> None:
