@@ -315,8 +315,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "ema_decay": 0.99,
             "projector_width": 256,
             "log_every": 10,
-            "checkpoint_every": 200,
-            "keep": 4,
+            "checkpoint_every": 300,
         },
         "sample": {
             "num_images": 1000,
