@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,24 +106,32 @@ def judge_samples(folder: Path) -> str:
 
 
 def _together(workspace: str, commands: list[list[str]]) -> None:
-    """Runs commands side by side; one alone shows its progress."""
-    processes = []
-    for arguments in commands:
-        quiet = None if len(commands) == 1 else subprocess.PIPE
-        command = [sys.executable, "-m", "repa_pipeline", *arguments]
-        # What a repa.toml here or REPA_ variables say must not change what the demo shows.
-        command += ["--workspace", workspace, "--source", EMBEDDED, "--config", os.devnull]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("REPA_")}
-        processes.append(
-            subprocess.Popen(
-                command, stdout=quiet, stderr=quiet and subprocess.STDOUT, env=environment
-            )
+    """Runs commands side by side, their lines marked; one alone has the terminal to itself."""
+    # What a repa.toml here or REPA_ variables say must not change what the demo shows.
+    shared = ["--workspace", workspace, "--source", EMBEDDED, "--config", os.devnull]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("REPA_")}
+    alone = len(commands) == 1
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "repa_pipeline", *arguments, *shared],
+            stdout=None if alone else subprocess.PIPE,
+            stderr=None if alone else subprocess.STDOUT,
+            env=environment,
+            text=True,
         )
-    outputs = [process.communicate()[0] for process in processes]
-    for process, arguments, output in zip(processes, commands, outputs, strict=True):
-        if output:
-            print(output.decode().rstrip(), flush=True)
+        for arguments in commands
+    ]
+    with ThreadPoolExecutor(len(processes)) as pool:
+        list(pool.map(_relay, processes, RUNS))
+    for process, arguments in zip(processes, commands, strict=True):
         if process.returncode:
             raise StageError(
                 f"`repa {' '.join(arguments)}` ended with exit code {process.returncode}: see above"
             )
+
+
+def _relay(process: subprocess.Popen[str], name: str) -> None:
+    """Prints a process's lines as they come, marked with the run's name, until it ends."""
+    for line in process.stdout or ():
+        print(f"[{name}] {line.rstrip()}", flush=True)
+    process.wait()
