@@ -103,8 +103,13 @@ class LocalStore:
             os.link(temporary, final)
         except FileExistsError:
             return False
+        except OSError as error:
+            # No hard links here (exFAT, some FUSE mounts): a rename, whole but not exclusive.
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            os.replace(temporary, final)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         _sync_folder(final.parent)
         return True
 

@@ -219,6 +219,16 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir(tmp_path) == ["k"] and store.get("k") == b"old"
 
 
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(objects.os, "link", refuse)
+    store = LocalStore(str(tmp_path))
+    assert store.put_new("k", b"first") and not store.put_new("k", b"second")
+    assert os.listdir(tmp_path) == ["k"] and store.get("k") == b"first"
+
+
 def test_create_refused_by_the_server() -> None:
     filesystem = ObjectStorage()
     store = RemoteStore(f"memory://test-objects-{next(_numbers)}", filesystem)
