@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 EMBEDDED = "embedded:digits"
+WORKSPACE = "./repa-workspace"
 
 
 def setting(
@@ -64,12 +65,14 @@ class CommonConfig:
         "Images: a folder of class folders, webdataset tars (a folder, glob or {000..009} "
         "pattern), or embedded:digits.",
     )
-    workspace: str = setting("./repa-workspace", "Folder or URL for everything that is made.")
+    workspace: str = setting(WORKSPACE, "Folder or URL for everything that is made.")
     runs_dir: str | None = setting(
         None, "Local folder of runs and their samples (default: runs in the workspace)."
     )
     preset: str = setting(
-        "auto", "Defaults to start from; auto: digits for the embedded source, else imagenet."
+        "auto",
+        "Defaults to start from; auto: digits for the embedded source (or a cache of it), "
+        "else imagenet.",
     )
     device: str = setting("auto", "cpu, cuda, cuda:1; auto takes CUDA where there is one.")
     executor: str = setting("local", "Where shards run.", choices=("local",))

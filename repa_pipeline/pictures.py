@@ -12,7 +12,12 @@ import numpy.typing as npt
 from repa_pipeline.data.objects import LocalStore
 
 Images = npt.NDArray[np.uint8]
-_MAX_CLASS_COLUMNS = 10
+_MAX_CLASS_ROWS = 10
+
+
+def grid_indices(labels: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Which samples, ascending, a grid of at most `count` shows, given the classes [N] of all."""
+    return np.sort(np.concatenate(_grid_rows(labels, count)))
 
 
 def class_grid(images: Images, labels: npt.NDArray[np.int64], count: int) -> Images:
@@ -20,15 +25,18 @@ def class_grid(images: Images, labels: npt.NDArray[np.int64], count: int) -> Ima
 
     With up to 10 classes, every row shows one class in order; otherwise images stand in order.
     """
+    rows = [images[indices] for indices in _grid_rows(labels, count)]
+    return _tile(rows, max(map(len, rows)))
+
+
+def _grid_rows(labels: npt.NDArray[np.int64], count: int) -> list[npt.NDArray[np.int64]]:
     classes = np.unique(labels)
     per_class = count // len(classes)
-    if 1 < len(classes) <= _MAX_CLASS_COLUMNS and per_class:
-        chosen = [np.flatnonzero(labels == label)[:per_class] for label in classes]
-        return _tile([images[index] for index in chosen], per_class)
-    shown = images[:count]
+    if 1 < len(classes) <= _MAX_CLASS_ROWS and per_class:
+        return [np.flatnonzero(labels == label)[:per_class] for label in classes]
+    shown = np.arange(min(count, len(labels)))
     columns = math.ceil(math.sqrt(len(shown)))
-    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    return _tile(rows, columns)
+    return [shown[i : i + columns] for i in range(0, len(shown), columns)]
 
 
 def png_bytes(image: Images) -> bytes:
@@ -41,8 +49,10 @@ def png_bytes(image: Images) -> bytes:
 
 
 def save_png(path: Path, image: Images) -> None:
-    """Writes uint8 [H, W, 3] in one step."""
-    LocalStore(str(path.parent)).put(path.name, png_bytes(image))
+    """Writes uint8 [H, W, 3] in one step; an equal picture that stands there is left alone."""
+    data = png_bytes(image)
+    if not path.exists() or path.read_bytes() != data:
+        LocalStore(str(path.parent)).put(path.name, data)
 
 
 def _tile(rows: list[Images], columns: int, gap: int = 2) -> Images:

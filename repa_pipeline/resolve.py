@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import tomllib
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repa_pipeline.config import COMMANDS, EMBEDDED, PRESETS
+from repa_pipeline.config import COMMANDS, EMBEDDED, PRESETS, WORKSPACE
 from repa_pipeline.errors import ConfigError, MissingError
 
 
@@ -89,6 +90,10 @@ def resolve(
                 values[field.name] = _parse(field, hints[field.name], raw, origin)
                 origins[field.name] = origin
                 break
+    cached = _cached_source(values.get("workspace", WORKSPACE))
+    if "source" not in values and cached:
+        # A cache knows what it was made of; the defaults must be those of that source.
+        values["source"], origins["source"] = cached, "the workspace's cache"
     preset = _preset_name(values)
     for field in fields:
         for section in (command, ""):
@@ -99,6 +104,18 @@ def resolve(
     values["preset"] = preset
     values["overrides"] = _overrides(project)
     return Resolved(cls(**values), origins)
+
+
+def _cached_source(workspace: str) -> str | None:
+    """The source that a local workspace's finished index is of, None without one.
+
+    A remote workspace is not asked: settling settings must not need a network.
+    """
+    try:
+        manifest = json.loads((Path(workspace) / "cache/manifest.json").read_bytes())
+        return str(manifest["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _flag_layer(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.data.objects import ObjectStore, get_json, json_bytes
+from repa_pipeline.data.objects import LocalStore, ObjectStore, get_json, json_bytes
 from repa_pipeline.data.shards import RecordLayout, pack_shard, read_records
 from repa_pipeline.errors import DamagedError, MismatchError, MissingError
 
@@ -187,6 +187,23 @@ class SealedArray:
     @property
     def where(self) -> str:
         return f"{self.store.url}/{self.spec.name}"
+
+    def check_present(self) -> None:
+        """Raises DamagedError when a shard is missing or of another size; reads no data.
+
+        For local stores; a remote one would need a request a shard.
+        """
+        if not isinstance(self.store, LocalStore):
+            return
+        for shard in self.shards:
+            key = self.spec.shard_key(shard["index"])
+            size = self.store.size(key)
+            if size != shard["num_bytes"]:
+                got = "missing" if size is None else f"{size} bytes, truncated or foreign"
+                raise DamagedError(
+                    f"{self.where}: shard {shard['index']} is {got} ({key}), expected "
+                    f"{shard['num_bytes']} bytes; remove it and run the encoding command again"
+                )
 
     def new_buffer(self) -> bytearray:
         """A buffer that holds any shard of this array."""

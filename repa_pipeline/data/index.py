@@ -136,4 +136,5 @@ def _read_table(store: ObjectStore, manifest: Mapping[str, Any]) -> Any:
             f"{store.url}/index.parquet is not the file that manifest.json describes: "
             "remove both and run `repa index` again"
         )
-    return pyarrow.parquet.read_table(io.BytesIO(data))
+    # Without threads: a pool still alive at exit can abort the process after its work is done.
+    return pyarrow.parquet.read_table(io.BytesIO(data), use_threads=False)

@@ -127,7 +127,8 @@ class EncoderNetwork:
     """A teacher of the encoders' table as a feature network: pool = mean of its patch tokens.
 
     A teacher is built for one resolution, so it is loaded when the first images arrive, and again
-    when their resolution changes. The Frechet distance on DINOv2's is known as FD-DINOv2.
+    when their resolution changes. On DINOv2's this is not the published FD-DINOv2, which takes
+    another size of the teacher and its class token.
     """
 
     def __init__(self, name: str, path: Path, device: str) -> None:

@@ -52,8 +52,8 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     if standing.get("recipe") == recipe:
         return {**standing, "path": str(output), "new": False}
     blocks = _image_blocks(samples)
-    ours = extract_features(network, blocks, config, progress, "sample features", count, keep=count)
     reference, about = find_reference(config, network, resolution, progress)
+    ours = extract_features(network, blocks, config, progress, "sample features", count, keep=count)
     result = {
         "kind": "Fréchet distance",
         "recipe": recipe,
@@ -197,6 +197,7 @@ def _metrics(
     from repa_pipeline.metrics.precision_recall import precision_recall
 
     whole = FrechetReference(reference.mu, reference.sigma)
+    distance = whole.distance(*ours.pool.finalize()).distance
     spatial = None
     if ours.spatial and reference.mu_s is not None and reference.sigma_s is not None:
         spatial = FrechetReference(reference.mu_s, reference.sigma_s)
@@ -205,7 +206,7 @@ def _metrics(
     precision, recall = precision_recall(reference.rows, ours.rows, mode=mode)
     score = None if ours.logits is None else inception_score(ours.logits, config.is_split)
     return {
-        "frechet_distance": whole.distance(*ours.pool.finalize()).distance,
+        "frechet_distance": distance,
         "spatial_frechet_distance": spatial_distance if spatial else None,
         "inception_score": score,
         "precision": precision,

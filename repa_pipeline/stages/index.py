@@ -134,10 +134,19 @@ class IndexStage:
         store = cache_store(self.config)
         if self.is_sealed():  # by another command that began beside this one
             return _check_same_index(self.config, store)
-        parts = [_read_part(store, commit) for commit in commits]
-        entries = [Entry(**entry) for part in parts for entry in json.loads(part)]
-        usable = [entry for entry in entries if entry.excluded is None]
-        excluded = [entry for entry in entries if entry.excluded is not None]
+        try:
+            parts = [_read_entries(store, commit) for commit in commits]
+        except MissingError:
+            if not self.is_sealed():  # else the other command finished meanwhile and tidied up
+                raise
+            return _check_same_index(self.config, store)
+        usable = [entry for part in parts for entry in part if entry.excluded is None]
+        excluded = [entry for part in parts for entry in part if entry.excluded is not None]
+        if len(excluded) > self.config.max_bad:
+            # Whoever mends an image must have it looked at again, even at the same size.
+            for commit, part in zip(commits, parts, strict=True):
+                if any(entry.excluded is not None for entry in part):
+                    store.delete(f"{_PARTS}/{commit.index:06d}.part")
         _check_bad(self.config, usable, excluded)
         order = np.random.default_rng(self.config.permutation_seed).permutation(len(usable))
         rows = [usable[i] for i in order]
@@ -171,7 +180,7 @@ def _items(config: IndexConfig) -> tuple[Item, ...]:
     return _listing(config.source, config.scratch, config.scratch_gb)
 
 
-def _read_part(store: ObjectStore, commit: Commit) -> bytes:
+def _read_entries(store: ObjectStore, commit: Commit) -> list[Entry]:
     key = f"{_PARTS}/{commit.index:06d}.part"
     data = store.get(key)
     if hashlib.sha256(data).hexdigest() != commit.sha256:
@@ -179,7 +188,7 @@ def _read_part(store: ObjectStore, commit: Commit) -> bytes:
             f"{store.url}/{key} is damaged, its sha256 is not the recorded one: remove it and run "
             "`repa index` again"
         )
-    return data
+    return [Entry(**entry) for entry in json.loads(data)]
 
 
 def _decode_settings(config: IndexConfig) -> dict[str, Any]:

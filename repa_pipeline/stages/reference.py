@@ -207,6 +207,11 @@ def _reference_file(
     found = extract_features(
         network, blocks, config, progress, "reference features", count, keep=count
     )
+    if found.rows.shape[1] != len(statistics.mu):
+        raise MismatchError(
+            f"{path} has statistics of width {len(statistics.mu)}, network {network.name} gives "
+            f"{found.rows.shape[1]}: use the network that the reference was made with"
+        )
     about = {
         "name": path.name,
         "kind": "file",

@@ -28,7 +28,7 @@ from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.data.shards import RecordLayout, as_rows
 from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.contracts import Commit, Shard, Work
-from repa_pipeline.errors import ConfigError, MismatchError
+from repa_pipeline.errors import ConfigError, DataError, MismatchError
 from repa_pipeline.registry import autoencoder_spec, load_plugins
 from repa_pipeline.stages.array_stage import ArrayStage
 from repa_pipeline.training.draws import seed_of
@@ -146,7 +146,15 @@ class Sampler:
         return self.decoder.decode(unscale_by(scaled, manifest["scale"], manifest["shift"]))
 
     def _to_uint8(self, pixels: torch.Tensor) -> Images:
-        """[-1, 1] [B, 3, R, R] -> uint8 [B, R, R, 3]; truncation is the reference's rule."""
+        """[-1, 1] [B, 3, R, R] -> uint8 [B, R, R, 3]; truncation is the reference's rule.
+
+        Raises DataError when a pixel is not finite.
+        """
+        if not pixels.isfinite().all():
+            raise DataError(
+                "the model's images are not finite: use a checkpoint from before the loss "
+                "diverged, or --dtype float32"
+            )
         unit = (pixels + 1) / 2
         levels = 255 * unit + (0.5 if self.config.uint8 == "round" else 0.0)
         images: Images = levels.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -255,9 +263,9 @@ def sample_stage(config: SampleConfig) -> SampleStage:
 
 
 def finish_samples(stage: SampleStage) -> list[Path]:
-    """Makes the npz and the picture from the sealed images, where asked for and not yet there."""
+    """Makes the npz (if not yet there) and the picture from the sealed images, where asked for."""
     from repa_pipeline.metrics.adm_file import AdmWriter
-    from repa_pipeline.pictures import class_grid, save_png
+    from repa_pipeline.pictures import save_png
 
     folder, config = Path(stage.output), stage.config
     array = open_samples(str(folder))
@@ -272,13 +280,23 @@ def finish_samples(stage: SampleStage) -> list[Path]:
         made.append(npz)
     if config.grid:
         picture = folder / "grid.png"
-        if not picture.exists():
-            count = min(array.spec.num_rows, 50 * config.grid)
-            images = np.concatenate(list(sample_blocks(array, count)))
-            labels = labels_of(array.spec.manifest, len(images))
-            save_png(picture, class_grid(images, labels, config.grid))
+        save_png(picture, _grid(array, config.grid))
         made.append(picture)
     return made
+
+
+def _grid(array: SealedArray, count: int) -> Images:
+    """The picture of `count` samples; holds those alone."""
+    from repa_pipeline.pictures import class_grid, grid_indices
+
+    labels = labels_of(array.spec.manifest, array.spec.num_rows)
+    wanted = grid_indices(labels, count)
+    shown, start = [], 0
+    for block in sample_blocks(array, int(wanted[-1]) + 1):
+        inside = wanted[(wanted >= start) & (wanted < start + len(block))] - start
+        shown.append(block[inside])
+        start += len(block)
+    return class_grid(np.concatenate(shown), labels[wanted], count)
 
 
 def open_samples(folder: str) -> SealedArray:

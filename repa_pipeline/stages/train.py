@@ -7,13 +7,14 @@ and what it writes (runs/NAME) is all that sampling needs.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config import EMBEDDED, TrainConfig
 from repa_pipeline.data.order import Order
 from repa_pipeline.data.reader import Reader
 from repa_pipeline.device import choose_device, prepare_compute
@@ -75,6 +76,7 @@ class TrainResult:
 def plan_training(config: TrainConfig) -> TrainPlan:
     """Opens the cache and checks every setting against it; builds nothing yet."""
     inputs = open_inputs(config)
+    _check_preset(config, inputs)
     name = config.method
     if name == "auto":
         name = "repa" if inputs.features else "sit"
@@ -111,6 +113,19 @@ def plan_training(config: TrainConfig) -> TrainPlan:
     )
 
 
+def _check_preset(config: TrainConfig, inputs: CacheInputs) -> None:
+    """Raises ConfigError when the embedded digits' defaults were taken for another cache.
+
+    It happens where the workspace is remote and no source was named.
+    """
+    source = inputs.manifest["source"]
+    if config.preset == "digits" and config.source == EMBEDDED and source != EMBEDDED:
+        raise ConfigError(
+            f"the cache at {config.workspace} is of {source}, the defaults are those of "
+            f"{EMBEDDED}: give --source as it was encoded, or --preset imagenet"
+        )
+
+
 def train(plan: TrainPlan, progress: Progress) -> TrainResult:
     """Trains to `config.steps`, going on from the newest sound checkpoint of the run.
 
@@ -122,9 +137,10 @@ def train(plan: TrainPlan, progress: Progress) -> TrainResult:
     with locked(run):
         prepare_compute(config.threads)
         state = new_state(config, plan.method, plan.device)
-        saved, faults = load_newest(run.checkpoints, plan.device)
+        saved, faults = load_newest(run.checkpoints, "cpu")
         if saved:
             state.restore(saved)
+        del saved  # as large as the state itself
         first_step = state.step
         if first_step >= config.steps:
             return TrainResult(run, first_step, 0, {})
@@ -132,6 +148,7 @@ def train(plan: TrainPlan, progress: Progress) -> TrainResult:
         log = RunLog(run.folder, from_step=first_step, every=config.log_every)
         for fault in faults:
             log.event(first_step, "checkpoint_refused", reason=fault)
+            print(f"going back to step {first_step:,}: {fault}", file=sys.stderr)
         previews = Previews(config, run.folder / "previews", log)
         progress.start(f"train {run.name}", config.steps, first_step, "steps")
         try:

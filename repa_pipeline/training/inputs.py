@@ -86,6 +86,7 @@ def open_inputs(config: TrainConfig) -> CacheInputs:
     for array in (latents, *features):
         _check_rows(array, manifest)
         _check_prepared_alike(array, latents)
+        array.check_present()
     return CacheInputs(latents, features, read_labels(store), manifest)
 
 

@@ -112,9 +112,8 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
         raise ConfigError(f"run name '{name}': expected letters, digits, '.', '_', '-', '+' only")
     run = Run(runs_folder(config) / name)
     wanted = json.loads(json.dumps({"settings": decisions(config), **decided}))
-    if not (run.folder / "run.json").is_file():
-        record = {"decided": wanted, "config": as_json(config)}
-        LocalStore(str(run.folder)).put("run.json", json_bytes(record))
+    record = {"decided": wanted, "config": as_json(config)}
+    if LocalStore(str(run.folder)).put_new("run.json", json_bytes(record)):
         return run
     if not config.resume:
         raise ConfigError(f"run '{name}' exists and --no-resume was given: choose another name")

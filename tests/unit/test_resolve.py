@@ -323,3 +323,17 @@ def test_the_file_of_the_folder_or_the_named_one(
         monkeypatch.setenv("REPA_CONFIG", missing)
         with pytest.raises(MissingError, match=rf"no configuration file {missing}: check --config"):
             load_project()
+
+
+def test_a_cache_says_what_source_it_is_of(tmp_path: Path) -> None:
+    cache = tmp_path / "ws" / "cache"
+    cache.mkdir(parents=True)
+    (cache / "manifest.json").write_text(json.dumps({"source": "/data/photos"}))
+    workspace = {"workspace": str(tmp_path / "ws")}
+    found = resolve("train", workspace, environment={})
+    assert (found.config.source, found.config.preset) == ("/data/photos", "imagenet")
+    assert found.config.model == "SiT-XL/2" and found.origins["source"] == "the workspace's cache"
+    named = resolve("train", {**workspace, "source": "embedded:digits"}, environment={})
+    assert named.config.preset == "digits"
+    (cache / "manifest.json").write_text("torn")
+    assert resolve("train", workspace, environment={}).config.preset == "digits"
