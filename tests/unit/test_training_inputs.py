@@ -10,7 +10,13 @@ import pytest
 
 from repa_pipeline.autoencoders import AUTOENCODERS
 from repa_pipeline.data.objects import get_json, open_store
-from repa_pipeline.errors import ConfigError, MismatchError, MissingError, UnknownNameError
+from repa_pipeline.errors import (
+    ConfigError,
+    DamagedError,
+    MismatchError,
+    MissingError,
+    UnknownNameError,
+)
 from repa_pipeline.stages.train import plan_training
 from repa_pipeline.testing.caches import (
     ToyLatents,
@@ -158,3 +164,20 @@ def test_method_sit_ignores_cached_features(tmp_path: Path) -> None:
     assert plan.inputs.features == () and plan.name == "sit-xs-2.vanilla"
     with pytest.raises(ConfigError, match="method repa needs a teacher"):
         plan_training(toy_train_config(tmp_path, method="repa", encoder=("none",)))
+
+
+def test_an_absent_or_short_shard_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    write_toy_cache(tmp_path / "ws")
+    config = toy_train_config(tmp_path / "ws")
+    opened = open_inputs(config)
+    for array in opened.arrays:
+        path = tmp_path / "ws/cache" / array.spec.shard_key(array.spec.num_shards - 1)
+        data = path.read_bytes()
+        path.write_bytes(data[:-1])
+        with pytest.raises(DamagedError, match=f"{len(data) - 1} bytes, truncated or foreign"):
+            open_inputs(config)
+        path.unlink()
+        with pytest.raises(DamagedError, match=r"is missing .*; remove it and run the encoding"):
+            open_inputs(config)
+        path.write_bytes(data)
+    assert open_inputs(config).labels.tolist() == opened.labels.tolist()
