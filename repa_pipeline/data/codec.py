@@ -85,11 +85,11 @@ def codec_of(manifest: Mapping[str, Any], where: str) -> Codec:
     return codec
 
 
-def require(codec: Codec, needs: frozenset[str], objective: str) -> None:
-    """Raises MismatchError when an objective needs what a codec does not preserve."""
-    lost = sorted(needs - codec.preserves)
+def require(preserves: frozenset[str], needs: frozenset[str], objective: str, stored: str) -> None:
+    """Raises MismatchError when `objective` needs what the codec of `stored` does not preserve."""
+    lost = sorted(needs - preserves)
     if lost:
         raise MismatchError(
-            f"{objective} needs the {' and '.join(lost)} of teacher tokens, codec {codec.name} "
-            f"preserves {', '.join(sorted(codec.preserves))} only: cache with another --codec"
+            f"{objective} needs the {' and '.join(lost)} of teacher tokens, {stored} preserves "
+            f"{', '.join(sorted(preserves)) or 'neither'} only: cache with another --codec"
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa_pipeline.config import TrainConfig
+from repa_pipeline.data.codec import require
 from repa_pipeline.diffusion.interpolant import States, interpolate
 from repa_pipeline.diffusion.losses import alignment_loss, denoising_loss
 from repa_pipeline.encoders import ENCODERS
@@ -64,11 +65,8 @@ class RepaMethod(SiTMethod):
         return {"loss": total, "denoising": denoising, "alignment": alignment}
 
     def _check(self, feature: FeatureInfo) -> None:
-        if "direction" not in feature.preserves:
-            raise MismatchError(
-                f"the cosine objective needs the direction of {feature.name}'s tokens, its codec "
-                "does not preserve it: cache it with another --codec"
-            )
+        stored = f"the codec of {feature.name}"
+        require(feature.preserves, frozenset({"direction"}), "the cosine objective", stored)
         if feature.grid == self.grid:
             return
         multiple = all(a % b == 0 for a, b in zip(feature.grid, self.grid, strict=True))

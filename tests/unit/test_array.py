@@ -371,10 +371,10 @@ def test_fp16_rounds_to_nearest() -> None:
 
 def test_codecs_and_objectives() -> None:
     codec = CODECS["fp16"]
-    require(codec, frozenset({"direction", "magnitude"}), "x")
+    require(codec.preserves, frozenset({"direction", "magnitude"}), "x", "codec fp16")
     poor = dataclasses.replace(codec, name="poor", preserves=frozenset({"direction"}))
     with pytest.raises(MismatchError, match="smooth-L1 needs the magnitude .* codec poor"):
-        require(poor, frozenset({"direction", "magnitude"}), "smooth-L1")
+        require(poor.preserves, codec.preserves, "smooth-L1", "codec poor")
     assert codec_of({"codec": codec.manifest(8)}, "x") is codec
     with pytest.raises(MismatchError, match="x is coded by fp16 version 9, this package reads 1"):
         codec_of({"codec": {"name": "fp16", "version": 9}}, "x")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from repa_pipeline.cli import main
 from repa_pipeline.config import SampleConfig, TrainConfig
 from repa_pipeline.data.array import SealedArray
-from repa_pipeline.errors import ConfigError
+from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.methods import METHODS, MethodSpec
+from repa_pipeline.methods.repa import RepaMethod
 from repa_pipeline.methods.sit import SiTMethod
-from repa_pipeline.models import ModelSpec
+from repa_pipeline.models import MODELS, ModelSpec
 from repa_pipeline.registry import load_plugins, method_spec
 from repa_pipeline.stages.sample import Sampler, open_samples, sample_blocks, sample_stage
 from repa_pipeline.testing.caches import isolated_tables, write_toy_cache
@@ -224,3 +225,11 @@ def test_plugins_that_do_not_work(project: Path) -> None:
         load_plugins(("clash",))
     with pytest.raises(ConfigError, match="plugin 'absent' cannot be imported .*check `plugins`"):
         method_spec(dataclasses.replace(config, plugins=("absent",)), "joint")
+
+
+def test_a_codec_without_direction_is_refused() -> None:
+    inputs = conformance_inputs(1)
+    poor = dataclasses.replace(inputs.features[0], preserves=frozenset({"magnitude"}))
+    lacking = dataclasses.replace(inputs, features=(poor,))
+    with pytest.raises(MismatchError, match="cosine objective needs the direction .* the codec of"):
+        RepaMethod(TrainConfig(), MODELS["SiT-XS/2"], lacking)
