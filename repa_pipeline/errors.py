@@ -38,3 +38,7 @@ class MismatchError(RepaError, ValueError):
 
 class StageError(RepaError, RuntimeError):
     """Work that could not be finished; what was finished is kept."""
+
+
+class StoreError(StageError):
+    """An object store that still fails after all retries."""
