@@ -17,7 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from repa_pipeline import __version__
-from repa_pipeline.config import COMMANDS, PRESETS, CommonConfig
+from repa_pipeline.command_table import COMMAND_TABLE, COMMANDS
+from repa_pipeline.config import PRESETS, CommonConfig
 from repa_pipeline.errors import RepaError
 from repa_pipeline.resolve import Resolved, load_project, resolve
 
@@ -33,18 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-_SUMMARIES = {
-    "index": "List the source's images and fix their order; encode-latents does it when needed.",
-    "encode-latents": "Encode every image with the autoencoder and store its moments.",
-    "cache-features": "Run a frozen teacher over every image and store its patch tokens.",
-    "train": "Train a diffusion transformer from the cache, with alignment or without.",
-    "sample": "Make images from a run's EMA weights.",
-    "evaluate": "Score samples: Fréchet distance, inception score, precision, recall.",
-    "runs": "List the training runs of the workspace.",
-    "report": "Make one self-contained page from the results in the workspace.",
-}
-_POSITIONAL = {("train", "name"): "NAME"}
 
 
 @app.callback(invoke_without_command=True)
@@ -89,8 +78,9 @@ def _parameter(command: str, field: dataclasses.Field[Any], hint: Any) -> inspec
     else:
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         kind = (inner[0] if inner else hint) | None
-    if (command, field.name) in _POSITIONAL:
-        option: Any = typer.Argument(help=help_text, metavar=_POSITIONAL[command, field.name])
+    positional = COMMAND_TABLE[command].positional
+    if field.name in positional:
+        option: Any = typer.Argument(help=help_text, metavar=positional[field.name])
     else:
         option = typer.Option(*flags, help=help_text, metavar=metavar, show_default=False)
     return inspect.Parameter(
@@ -119,13 +109,13 @@ def _command(name: str) -> Callable[..., None]:
 
     def run(**flags: Any) -> None:
         resolved = _resolve(name, flags)
-        from repa_pipeline import commands
+        from repa_pipeline.tables import resolve as find
 
-        commands.ACTIONS[name](resolved.config)
+        find(COMMAND_TABLE[name].action)(resolved.config)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    run.__doc__ = _SUMMARIES[name]
+    run.__doc__ = COMMAND_TABLE[name].summary
     return run
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
 from typing import Any
 
+from repa_pipeline.cluster.select import choose_executor
+from repa_pipeline.command_table import COMMANDS
 from repa_pipeline.config import (
-    COMMANDS,
     EMBEDDED,
+    EncodeAllConfig,
+    EncodeConfig,
     EvaluateConfig,
     FeaturesConfig,
     IndexConfig,
@@ -19,14 +22,13 @@ from repa_pipeline.config import (
     TrainConfig,
 )
 from repa_pipeline.data.index import Index
-from repa_pipeline.data.objects import open_store
-from repa_pipeline.engine.contracts import Stage
+from repa_pipeline.engine.contracts import Output
 from repa_pipeline.engine.ledger import Ledger
-from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.engine.run import StageResult, run_stage
-from repa_pipeline.errors import UnknownNameError
+from repa_pipeline.errors import ConfigError, UnknownNameError
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.resolve import Project, resolve
+from repa_pipeline.text import size
 
 
 def run_index(config: IndexConfig) -> None:
@@ -41,22 +43,40 @@ def run_index(config: IndexConfig) -> None:
 
 def encode_latents(config: LatentsConfig) -> None:
     """`repa encode-latents`."""
-    from repa_pipeline.stages.latents import check_latents, latents_stage
+    from repa_pipeline.stages.latents import check_latents, latents_product
 
     check_latents(config)
-    stage = latents_stage(config, _index(config))
-    _run_pass(stage, config)
+    index = _index(config)
+    _run_pass(config, [latents_product(config, index)], index)
     if not config.dry_run:
         _say("next: repa cache-features")
 
 
 def cache_features(config: FeaturesConfig) -> None:
     """`repa cache-features`."""
-    from repa_pipeline.stages.features import check_features, features_stages
+    from repa_pipeline.stages.features import check_features, features_products
 
     check_features(config)
-    for stage in features_stages(config, _index(config)):
-        _run_pass(stage, config)
+    index = _index(config)
+    _run_pass(config, features_products(config, index), index)
+    if not config.dry_run:
+        _say("next: repa train")
+
+
+def encode_all(config: EncodeAllConfig) -> None:
+    """`repa encode`."""
+    from repa_pipeline.stages.features import check_features, features_products
+    from repa_pipeline.stages.latents import check_latents, latents_product
+
+    if config.weights:
+        raise ConfigError(
+            "--weights names one file, `repa encode` runs several networks: set "
+            '[encoders.NAME] and [autoencoders.NAME] weights = "..." in repa.toml'
+        )
+    check_latents(config)
+    check_features(config)
+    index = _index(config)
+    _run_pass(config, [latents_product(config, index), *features_products(config, index)], index)
     if not config.dry_run:
         _say("next: repa train")
 
@@ -67,7 +87,7 @@ def train(config: TrainConfig) -> None:
     from repa_pipeline.stages.train import train as run_training
 
     plan = plan_training(config)
-    teachers = [array.spec.manifest["encoder"] for array in plan.inputs.features]
+    teachers = [teacher.describe().name for teacher in plan.inputs.teachers]
     what = f"aligned with {', '.join(teachers)}" if teachers else "without a teacher"
     _say(
         f"train {plan.name}: {config.model} {what}, {config.steps:,} steps of "
@@ -99,12 +119,14 @@ def sample(config: SampleConfig) -> None:
         f"{config.num_steps} steps, cfg {config.cfg:g} on t in [{config.interval[0]:g}, "
         f"{config.interval[1]:g}], {evaluations} model evaluations an image"
     )
-    ledger = Ledger(open_store(stage.output), "ledger", stage.plan().fingerprint)
+    (images,) = stage.outputs
+    ledger = Ledger(images.store, "ledger", images.plan().fingerprint)
     if config.dry_run:
-        _describe(stage, ledger)
+        _describe(images, ledger)
         return
-    result = run_stage(stage, LocalExecutor(config.retries), ledger, progress_for_stream())
-    _report_pass(stage, result)
+    ledgers = {images.name: ledger}
+    result = run_stage(stage, choose_executor(config), ledgers, progress_for_stream())
+    _report_pass(result)
     for path in finish_samples(stage):
         _say(f"made: {path}")
     _say("next: repa evaluate")
@@ -217,10 +239,10 @@ def _index(config: IndexConfig, relist: bool = False) -> Index:
         index, num_bytes = planned_index(config)
         _say(
             f"plan: {cache_store(config).url}/index.parquet: {index.num_rows:,} images "
-            f"({_size(num_bytes)}) to read, decode and index; done: 0"
+            f"({size(num_bytes)}) to read, decode and index; done: 0"
         )
         return index
-    index = ensure_index(config, progress_for_stream(), relist)
+    index = ensure_index(config, choose_executor(config), progress_for_stream(), relist)
     manifest = index.manifest
     _say(
         f"{index.num_rows:,} images in {manifest['num_classes']} classes, "
@@ -247,45 +269,44 @@ def _store_url(config: IndexConfig) -> str:
     return cache_store(config).url
 
 
-def _run_pass(stage: Any, config: IndexConfig) -> None:
+def _run_pass(config: EncodeConfig, products: list[Any], index: Index) -> None:
     """Runs (or, for --dry-run, describes) one pass over the images."""
-    from repa_pipeline.stages.index import cache_store
+    from repa_pipeline.stages.images import ImagePass, pass_ledgers, run_pass
 
-    plan = stage.plan()
-    ledger = Ledger(cache_store(config), f"ledger/{stage.name}", plan.fingerprint)
+    stage = ImagePass(config, tuple(products))
     if config.dry_run:
-        _describe(stage, ledger)
+        for output, ledger in zip(stage.outputs, pass_ledgers(stage).values(), strict=True):
+            _describe(output, ledger)
         return
-    result = run_stage(stage, LocalExecutor(config.retries), ledger, progress_for_stream())
-    _report_pass(stage, result)
+    _report_pass(run_pass(stage, index, choose_executor(config), progress_for_stream()))
 
 
-def _describe(stage: Stage, ledger: Ledger) -> None:
-    plan = stage.plan()
-    done = [commit for commit in ledger.entries().values() if stage.stands(commit)]
+def _describe(output: Output, ledger: Ledger) -> None:
+    plan = output.plan()
+    done = [commit for commit in ledger.entries().values() if output.stands(commit)]
     rows = sum(commit.rows for commit in done)
     _say(
         f"plan: {plan.where}: {plan.num_rows:,} {plan.unit} in {len(plan.shards)} shards, "
-        f"{_size(plan.num_bytes)}; done: {rows:,} {plan.unit} in {len(done)} shards"
-        + (", sealed" if stage.is_sealed() else "")
+        f"{size(plan.num_bytes)}; done: {rows:,} {plan.unit} in {len(done)} shards"
+        + (", sealed" if output.is_sealed() else "")
     )
 
 
-def _report_pass(stage: Stage, result: StageResult) -> None:
-    plan = result.plan
-    if not result.num_new:
-        _say(f"nothing to do: {plan.where} is complete ({plan.num_rows:,} {plan.unit})")
-        return
-    times: dict[str, float] = {}
-    for commit in result.commits:
-        for phase, seconds in commit.seconds.items():
-            times[phase] = times.get(phase, 0.0) + seconds
-    shown = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in times.items())
-    _say(
-        f"{stage.name}: {plan.num_rows:,} {plan.unit}, {_size(plan.num_bytes)}, sealed"
-        + (f" ({shown})" if shown else "")
-    )
-    _say(f"output: {plan.where}")
+def _report_pass(result: StageResult) -> None:
+    for name, output in result.outputs.items():
+        plan = output.plan
+        if not output.num_new:
+            _say(f"nothing to do: {plan.where} is complete ({plan.num_rows:,} {plan.unit})")
+            continue
+        counts: Counter[str] = Counter()
+        for commit in output.commits:
+            counts.update(commit.counts)
+        seen = "".join(f", {count:,} {what}" for what, count in counts.items())
+        _say(f"{name}: {plan.num_rows:,} {plan.unit}, {size(plan.num_bytes)}, sealed{seen}")
+        _say(f"output: {plan.where}")
+    if result.seconds:
+        shown = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
+        _say(f"time: {shown} (summed over threads and workers)")
 
 
 def _train_dry_run(plan: Any) -> str:
@@ -295,31 +316,10 @@ def _train_dry_run(plan: Any) -> str:
     record = sum(array.spec.layout.record_bytes for array in plan.inputs.arrays)
     total = sum(array.spec.num_bytes for array in plan.inputs.arrays)
     return (
-        f"plan: reads {record:,} bytes an image, {_size(record * plan.config.batch_size)} a step "
-        f"from {_size(total)} of cache; done: step {run.last_step():,} of {plan.config.steps:,}"
+        f"plan: reads {record:,} bytes an image, {size(record * plan.config.batch_size)} a step "
+        f"from {size(total)} of cache; done: step {run.last_step():,} of {plan.config.steps:,}"
     )
-
-
-def _size(num_bytes: int) -> str:
-    value = float(num_bytes)
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.4g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stdout, flush=True)
-
-
-ACTIONS: Mapping[str, Callable[[Any], None]] = {
-    "index": run_index,
-    "encode-latents": encode_latents,
-    "cache-features": cache_features,
-    "train": train,
-    "sample": sample,
-    "evaluate": evaluate,
-    "runs": runs,
-    "report": report,
-}

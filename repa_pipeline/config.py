@@ -6,54 +6,24 @@ How a value is settled (flag, environment, repa.toml, preset, default) is in res
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from repa_pipeline.settings import (
+    as_json,
+    check_fraction,
+    check_interval,
+    check_not_negative,
+    check_positive,
+    decisions,
+    from_json,
+    setting,
+)
+
+__all__ = ["EMBEDDED", "PRESETS", "WORKSPACE", "as_json", "decisions", "from_json"]
 
 EMBEDDED = "embedded:digits"
 WORKSPACE = "./repa-workspace"
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    decides: bool = False,
-    choices: tuple[str, ...] = (),
-    check: Callable[[Any], str | None] | None = None,
-    hidden: bool = False,
-) -> Any:
-    """A field: default, help line, whether it decides bytes, and what values it takes.
-
-    `check` returns what is expected when the value is wrong, None when it is right.
-    """
-    metadata = {
-        "help": help,
-        "decides": decides,
-        "choices": choices,
-        "check": check,
-        "hidden": hidden,
-    }
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _positive(value: float) -> str | None:
-    return None if value > 0 else "a number above 0"
-
-
-def _not_negative(value: float) -> str | None:
-    return None if value >= 0 else "0 or more"
-
-
-def _fraction(value: float) -> str | None:
-    return None if 0 <= value <= 1 else "a number in [0, 1]"
-
-
-def _interval(value: tuple[float, float]) -> str | None:
-    low, high = value
-    return None if 0 <= low <= high <= 1 else "LOW,HIGH with 0 <= LOW <= HIGH <= 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +32,9 @@ class CommonConfig:
 
     source: str = setting(
         EMBEDDED,
-        "Images: a folder of class folders, webdataset tars (a folder, glob or {000..009} "
-        "pattern), or embedded:digits.",
+        "Images: a folder of class folders; webdataset tars, parquet files or zips (one, a folder, "
+        "a glob or {000..009} pattern); the reference's images/ + vae-sd/ + dataset.json (folder "
+        "or zip); local or s3://, https://, hf://datasets/...; or embedded:digits.",
     )
     workspace: str = setting(WORKSPACE, "Folder or URL for everything that is made.")
     runs_dir: str | None = setting(
@@ -75,9 +46,17 @@ class CommonConfig:
         "else imagenet.",
     )
     device: str = setting("auto", "cpu, cuda, cuda:1; auto takes CUDA where there is one.")
-    executor: str = setting("local", "Where shards run.", choices=("local",))
+    executor: str = setting(
+        "auto",
+        "Where shards run; auto: Ray where an --address is configured or the machine has several "
+        "CUDA devices, else this process.",
+        choices=("auto", "local", "ray"),
+    )
+    address: str | None = setting(
+        None, "Ray cluster to join (also RAY_ADDRESS); default: one started on this machine."
+    )
     threads: int = setting(
-        0, "CPU compute threads (0: OMP_NUM_THREADS, else all cores).", check=_not_negative
+        0, "CPU compute threads (0: OMP_NUM_THREADS, else all cores).", check=check_not_negative
     )
     plugins: tuple[str, ...] = setting((), "Modules that add table entries.")
     overrides: dict[str, dict[str, Any]] = setting(
@@ -87,7 +66,35 @@ class CommonConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexConfig(CommonConfig):
+class ClusterConfig(CommonConfig):
+    """Commands whose shards run on workers. None of these settings decides bytes."""
+
+    workers: int = setting(
+        0, "Ray workers (0: one a CUDA device, or one a CPU node).", check=check_not_negative
+    )
+    worker_gpus: float = setting(
+        1.0, "CUDA devices of a Ray worker; 0.5 puts two on one.", check=check_not_negative
+    )
+    worker_cpus: float = setting(
+        0.0, "CPU cores that Ray reserves for a worker (0: its threads).", check=check_not_negative
+    )
+    retries: int = setting(
+        2, "Further tries of a shard after a passing fault.", check=check_not_negative
+    )
+    straggler_factor: float = setting(
+        3.0,
+        "A shard that takes this many times the median gets a second worker (0: never).",
+        check=check_not_negative,
+    )
+    shard_timeout_s: float = setting(
+        0.0,
+        "A worker that holds a shard longer is replaced (0: no limit).",
+        check=check_not_negative,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexConfig(ClusterConfig):
     """`repa index`: which images there are, in which order they are stored."""
 
     permutation_seed: int = setting(0, "Seed of the global order of the rows.", decides=True)
@@ -98,28 +105,44 @@ class IndexConfig(CommonConfig):
         decides=True,
     )
     max_pixels: int = setting(
-        178_956_970, "Images with more pixels are excluded.", decides=True, check=_positive
+        178_956_970, "Images with more pixels are excluded.", decides=True, check=check_positive
     )
     shard_rows: int = setting(
-        0, "Rows of a stored shard (0: 512, fewer for small sets).", check=_not_negative
+        0, "Rows of a stored shard (0: 512, fewer for small sets).", check=check_not_negative
     )
-    max_bad: int = setting(0, "Unusable images to accept before failing.", check=_not_negative)
-    decode_threads: int = setting(4, "Threads that read and decode images.", check=_positive)
-    retries: int = setting(
-        2, "Further tries of a shard after a passing fault.", check=_not_negative
-    )
-    scratch: str | None = setting(None, "Local folder for unpacked .tar.gz files.")
-    scratch_gb: float = setting(50.0, "Size limit of the scratch folder.", check=_positive)
+    max_bad: int = setting(0, "Unusable images to accept before failing.", check=check_not_negative)
+    decode_threads: int = setting(4, "Threads that read and decode images.", check=check_positive)
+    scratch: str | None = setting(None, "Local folder for unpacked .tar.gz and parquet files.")
+    scratch_gb: float = setting(50.0, "Size limit of the scratch folder.", check=check_positive)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConfig(IndexConfig):
     """What the two image passes share."""
 
-    resolution: int = setting(256, "Image side in pixels.", decides=True, check=_positive)
+    resolution: int = setting(256, "Image side in pixels.", decides=True, check=check_positive)
     batch_size: int = setting(
-        32, "Images of one forward pass; fixed, so it decides bytes.", decides=True, check=_positive
+        32,
+        "Images of one forward pass; fixed, so it decides bytes.",
+        decides=True,
+        check=check_positive,
     )
+    flip: bool = setting(
+        False, "Also store the mirrored view of every image, beside the other.", decides=True
+    )
+    format: str = setting(
+        "zarr",
+        "Container of the shards: zarr, or webdataset (a tar of .npy members).",
+        choices=("zarr", "webdataset"),
+        decides=True,
+    )
+    dtype: str = setting(
+        "float32",
+        "Compute type of the frozen network; bf16 is for CUDA devices.",
+        choices=("float32", "bf16"),
+        decides=True,
+    )
+    compile: bool = setting(False, "Compile the network with torch.compile.", decides=True)
     weights: str | None = setting(
         None, "Local weights file (else the table entry's, else the hub)."
     )
@@ -130,6 +153,12 @@ class LatentsConfig(EncodeConfig):
     """`repa encode-latents`: images -> autoencoder moments."""
 
     autoencoder: str = setting("sd-vae-ft-ema", "Autoencoder, by table name.", decides=True)
+    moments_dtype: str = setting(
+        "float16",
+        "How moments are stored.",
+        choices=("float16", "float32"),
+        decides=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +168,23 @@ class FeaturesConfig(EncodeConfig):
     encoder: tuple[str, ...] = setting(
         ("dinov2-b",), "Teacher, by table name; may be given several times.", decides=True
     )
-    codec: str = setting("fp16", "How tokens are stored.", choices=("fp16",), decides=True)
+    codec: str = setting(
+        "auto",
+        "How tokens are stored; auto: as the array that stands there, else int8.",
+        choices=("auto", "fp16", "bf16", "int8", "int4"),
+        decides=True,
+    )
+    tokens: str = setting(
+        "patch",
+        "Which tokens are stored: patch tokens, or the class token in front of them too.",
+        choices=("patch", "patch+cls"),
+        decides=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeAllConfig(FeaturesConfig, LatentsConfig):
+    """`repa encode`: latents and teacher tokens from one decode of each image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +207,7 @@ class TrainConfig(CommonConfig):
         0,
         "Block after which tokens are aligned (0: the model's, 8 of XL, 4 of B).",
         decides=True,
-        check=_not_negative,
+        check=check_not_negative,
     )
     align_coeff: float = setting(0.5, "Weight of the alignment loss (lambda).", decides=True)
     align_resize: str = setting(
@@ -172,20 +217,31 @@ class TrainConfig(CommonConfig):
         decides=True,
     )
     projector_width: int = setting(
-        2048, "Hidden width of the projector.", decides=True, check=_positive
+        2048, "Hidden width of the projector.", decides=True, check=check_positive
     )
-    batch_size: int = setting(256, "Global batch.", decides=True, check=_positive)
-    accumulate: int = setting(1, "Micro-steps a step is split into.", check=_positive)
-    steps: int = setting(400_000, "Optimiser steps of the whole run.", check=_positive)
-    learning_rate: float = setting(1e-4, "AdamW learning rate.", decides=True, check=_positive)
+    flip: bool = setting(
+        False,
+        "Draw the mirrored view of every image half of the time (a cache made with --flip).",
+        decides=True,
+    )
+    batch_size: int = setting(256, "Global batch.", decides=True, check=check_positive)
+    accumulate: int = setting(1, "Micro-steps a step is split into.", check=check_positive)
+    steps: int = setting(400_000, "Optimiser steps of the whole run.", check=check_positive)
+    learning_rate: float = setting(1e-4, "AdamW learning rate.", decides=True, check=check_positive)
     beta2: float = setting(
-        0.999, "AdamW second beta (the first is 0.9).", decides=True, check=_fraction
+        0.999, "AdamW second beta (the first is 0.9).", decides=True, check=check_fraction
     )
-    weight_decay: float = setting(0.0, "AdamW weight decay.", decides=True, check=_not_negative)
-    clip: float = setting(1.0, "Gradient norm is clipped to this.", decides=True, check=_positive)
-    ema_decay: float = setting(0.9999, "Decay of the EMA weights.", decides=True, check=_fraction)
+    weight_decay: float = setting(
+        0.0, "AdamW weight decay.", decides=True, check=check_not_negative
+    )
+    clip: float = setting(
+        1.0, "Gradient norm is clipped to this.", decides=True, check=check_positive
+    )
+    ema_decay: float = setting(
+        0.9999, "Decay of the EMA weights.", decides=True, check=check_fraction
+    )
     label_dropout: float = setting(
-        0.1, "Share of labels replaced by the null label.", decides=True, check=_fraction
+        0.1, "Share of labels replaced by the null label.", decides=True, check=check_fraction
     )
     dtype: str = setting(
         "auto",
@@ -193,31 +249,39 @@ class TrainConfig(CommonConfig):
         choices=("auto", "float32", "bf16"),
     )
     seed: int = setting(0, "Seed of weights, order, noise.", decides=True)
-    lanes: int = setting(1, "Canonical lanes of the data order.", decides=True, check=_positive)
-    window: int = setting(16, "Shards a lane shuffles together.", decides=True, check=_positive)
-    log_every: int = setting(100, "Steps between logged means.", decides=True, check=_positive)
-    checkpoint_every: int = setting(10_000, "Steps between checkpoints.", check=_positive)
-    keep: int = setting(2, "Newest checkpoints to keep (the last is always kept).", check=_positive)
-    preview_every: int = setting(0, "Steps between EMA previews (0: none).", check=_not_negative)
-    preview_count: int = setting(16, "Images of a preview.", check=_positive)
+    lanes: int = setting(
+        1, "Canonical lanes of the data order.", decides=True, check=check_positive
+    )
+    window: int = setting(
+        16, "Shards a lane shuffles together.", decides=True, check=check_positive
+    )
+    log_every: int = setting(100, "Steps between logged means.", decides=True, check=check_positive)
+    checkpoint_every: int = setting(10_000, "Steps between checkpoints.", check=check_positive)
+    keep: int = setting(
+        2, "Newest checkpoints to keep (the last is always kept).", check=check_positive
+    )
+    preview_every: int = setting(
+        0, "Steps between EMA previews (0: none).", check=check_not_negative
+    )
+    preview_count: int = setting(16, "Images of a preview.", check=check_positive)
     resume: bool = setting(True, "Go on when the run exists.")
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig(CommonConfig):
+class SampleConfig(ClusterConfig):
     """`repa sample`: a checkpoint -> images."""
 
     run: str | None = setting(None, "Run to sample from (default: the only one).")
     checkpoint: str | None = setting(None, "Checkpoint file (default: the run's newest).")
-    num_images: int = setting(50_000, "Images to make.", check=_positive)
+    num_images: int = setting(50_000, "Images to make.", check=check_positive)
     cfg: float = setting(
-        1.0, "Guidance scale; 1 is no guidance.", decides=True, check=_not_negative
+        1.0, "Guidance scale; 1 is no guidance.", decides=True, check=check_not_negative
     )
     interval: tuple[float, float] = setting(
         (0.0, 1.0),
         "Guide only while LOW <= t <= HIGH (t = 1 is noise).",
         decides=True,
-        check=_interval,
+        check=check_interval,
     )
     sampler: str = setting(
         "sde",
@@ -225,13 +289,13 @@ class SampleConfig(CommonConfig):
         decides=True,
         choices=("sde", "euler", "heun"),
     )
-    num_steps: int = setting(250, "Sampler steps.", decides=True, check=_positive)
+    num_steps: int = setting(250, "Sampler steps.", decides=True, check=check_positive)
     seed: int = setting(
         0, "Image k depends on (checkpoint, settings, seed, k) alone.", decides=True
     )
     labels: str = setting("random", "random, balanced, or one class number.", decides=True)
-    batch_size: int = setting(64, "Images made together.", decides=True, check=_positive)
-    shard_rows: int = setting(256, "Images of a stored shard.", decides=True, check=_positive)
+    batch_size: int = setting(64, "Images made together.", decides=True, check=check_positive)
+    shard_rows: int = setting(256, "Images of a stored shard.", decides=True, check=check_positive)
     uint8: str = setting(
         "truncate",
         "255*x to integers: truncate (REPA's reference) or round (SiT, DiT).",
@@ -246,12 +310,9 @@ class SampleConfig(CommonConfig):
         None, "Autoencoder to decode with (default: the cache's).", decides=True
     )
     decoder_weights: str | None = setting(None, "Local weights file of the decoder.")
-    grid: int = setting(100, "Images of the picture (0: none).", check=_not_negative)
+    grid: int = setting(100, "Images of the picture (0: none).", check=check_not_negative)
     npz: bool = setting(True, "Also pack all images into one ADM-style npz.")
     output: str | None = setting(None, "Folder for the result (default: below the workspace).")
-    retries: int = setting(
-        2, "Further tries of a shard after a passing fault.", check=_not_negative
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,19 +326,21 @@ class EvaluateConfig(CommonConfig):
     reference: str | None = setting(
         None, "ADM-style reference npz (default: statistics of the training source)."
     )
-    batch_size: int = setting(64, "Images of one forward pass.", check=_positive)
-    decode_threads: int = setting(4, "Threads that read and decode images.", check=_positive)
-    scratch: str | None = setting(None, "Local folder for unpacked .tar.gz files.")
-    scratch_gb: float = setting(50.0, "Size limit of the scratch folder.", check=_positive)
+    batch_size: int = setting(64, "Images of one forward pass.", check=check_positive)
+    decode_threads: int = setting(4, "Threads that read and decode images.", check=check_positive)
+    scratch: str | None = setting(None, "Local folder for unpacked .tar.gz and parquet files.")
+    scratch_gb: float = setting(50.0, "Size limit of the scratch folder.", check=check_positive)
     reference_images: int = setting(
-        10_000, "Reference images for precision and recall.", check=_positive
+        10_000, "Reference images for precision and recall.", check=check_positive
     )
     pr_mode: str = setting(
         "float32",
         "Distances of precision and recall: float32, or adm_fp16 as the ADM suite has them.",
         choices=("float32", "float64", "adm_fp16"),
     )
-    is_split: int = setting(5000, "Images of one block of the inception score.", check=_positive)
+    is_split: int = setting(
+        5000, "Images of one block of the inception score.", check=check_positive
+    )
     output: str | None = setting(None, "Where result.json goes (default: beside the samples).")
 
 
@@ -293,23 +356,22 @@ class ReportConfig(CommonConfig):
     output: str | None = setting(None, "The page (default: report.html in the workspace).")
 
 
-COMMANDS: Mapping[str, type[CommonConfig]] = {
-    "index": IndexConfig,
-    "encode-latents": LatentsConfig,
-    "cache-features": FeaturesConfig,
-    "train": TrainConfig,
-    "sample": SampleConfig,
-    "evaluate": EvaluateConfig,
-    "runs": RunsConfig,
-    "report": ReportConfig,
-}
-
 # Per preset: settings of all commands under "", of one command under its name.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "digits": {
         "": {"resolution": 64},
         "encode-latents": {"autoencoder": "digits-vae"},
         "cache-features": {"encoder": ("digits-vit",)},
+        "encode": {"autoencoder": "digits-vae", "encoder": ("digits-vit",)},
+        "plan": {
+            "autoencoder": "digits-vae",
+            "encoder": ("digits-vit",),
+            "model": "SiT-XS/2",
+            "train_steps": 600,
+            "train_batch": 64,
+            "devices": 1,
+            "devices_per_node": 1,
+        },
         "train": {
             "model": "SiT-XS/2",
             "steps": 600,
@@ -331,34 +393,3 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "imagenet": {},
 }
-
-
-def decisions(config: Any) -> dict[str, Any]:
-    """The settings that decide bytes, as JSON values."""
-    return {
-        field.name: _plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.metadata.get("decides")
-    }
-
-
-def as_json(config: Any) -> dict[str, Any]:
-    """All settings, as JSON values."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def from_json(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """The inverse of `as_json`; settings this version does not know are left out."""
-    hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    return cls(
-        **{
-            name: tuple(value) if typing.get_origin(hints[name]) is tuple else value
-            for name, value in values.items()
-            if name in known
-        }
-    )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

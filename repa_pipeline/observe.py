@@ -7,10 +7,14 @@ import math
 import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from repa_pipeline.engine.run import Progress
+
+NUM_SHOWN_WORKERS = 8
 
 
 class Silent:
@@ -20,6 +24,9 @@ class Silent:
         return
 
     def advance(self, count: int, **facts: float) -> None:
+        return
+
+    def workers(self, states: Mapping[str, str]) -> None:
         return
 
     def finish(self) -> None:
@@ -36,7 +43,7 @@ class PlainLines:
     def start(self, title: str, total: int, done: int, unit: str) -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
         self.began = self.last = time.monotonic()
-        self.at_start = done
+        self.at_start, self.states = done, ""
         self._say(f"{title}: {done:,} of {total:,} {unit} done, {total - done:,} to do")
 
     def advance(self, count: int, **facts: float) -> None:
@@ -45,7 +52,11 @@ class PlainLines:
         if now - self.last >= self.every_s and self.done < self.total:
             self.last = now
             shown = "".join(f", {n} {v:.4g}" for n, v in facts.items() if math.isfinite(v))
-            self._say(f"{self.title}: {self.done:,} of {self.total:,} {self._rate()}{shown}")
+            said = f"{self.done:,} of {self.total:,} {self._rate()}{shown}{self.states}"
+            self._say(f"{self.title}: {said}")
+
+    def workers(self, states: Mapping[str, str]) -> None:
+        self.states = _listed(states)
 
     def finish(self) -> None:
         self._say(f"{self.title}: {self.done:,} of {self.total:,} {self._rate()}")
@@ -74,10 +85,12 @@ class Bar:
             BarColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[rate]}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}{task.fields[workers]}"),
             console=Console(stderr=True),
         )
-        self.task = self.bar.add_task(title, total=total, completed=done, rate=unit, facts="")
+        self.task = self.bar.add_task(
+            title, total=total, completed=done, rate=unit, facts="", workers=""
+        )
         self.bar.start()
 
     def advance(self, count: int, **facts: float) -> None:
@@ -87,8 +100,19 @@ class Bar:
         shown = " ".join(f"{n} {v:.4g}" for n, v in facts.items() if math.isfinite(v))
         self.bar.update(self.task, rate=f"{self.unit}, {rate:.1f}/s", facts=shown)
 
+    def workers(self, states: Mapping[str, str]) -> None:
+        self.bar.update(self.task, workers=_listed(states))
+
     def finish(self) -> None:
         self.bar.stop()
+
+
+def _listed(states: Mapping[str, str]) -> str:
+    """Worker states on one line; of many workers only how many do the same."""
+    if len(states) > NUM_SHOWN_WORKERS:
+        counts = Counter(state.split()[0] for state in states.values())
+        return f" [{len(states)} workers: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + "]"
+    return " [" + "; ".join(f"{name}: {state}" for name, state in states.items()) + "]"
 
 
 def progress_for_stream() -> Progress:

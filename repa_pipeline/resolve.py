@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repa_pipeline.config import COMMANDS, EMBEDDED, PRESETS, WORKSPACE
+from repa_pipeline.command_table import COMMANDS
+from repa_pipeline.config import EMBEDDED, PRESETS, WORKSPACE
 from repa_pipeline.errors import ConfigError, MissingError
 
 
@@ -42,7 +43,7 @@ class Resolved:
 
 _PATHS = (
     *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
-    *("weights", "decoder_weights", "network_weights", "output"),
+    *("weights", "decoder_weights", "network_weights", "output", "rates"),
 )
 _ENTRY_TABLES = ("encoders", "autoencoders", "models", "methods", "networks")
 

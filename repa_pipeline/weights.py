@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+import threading
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +24,12 @@ ASSETS = Path(__file__).parent / "assets"
 ASSET_PREFIX = "asset:"
 HUB_TIMEOUT_S = 5
 NUM_NAMED = 3
+# Where a torch checkpoint keeps its state, in order of preference.
+STATE_KEYS = ("model", "state_dict")
 
 _hashes: dict[tuple[str, int, int], str] = {}
+# torch keeps the list of what a restricted load may hold for the whole process.
+_safe_globals_lock = threading.Lock()
 
 
 def resolve_weights(
@@ -71,17 +78,19 @@ def file_sha256(path: str | Path) -> str:
     return _hashes[key]
 
 
-def load_state(path: str | Path) -> dict[str, Tensor]:
+def load_state(path: str | Path, keys: Sequence[str] = STATE_KEYS) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a torch file of plain tensors, on the CPU.
 
-    A torch file may hold its state under "model" or "state_dict". Never unpickles code. Raises
-    DamagedError when the file is neither.
+    A torch file may hold its state under one of `keys`, the first that it has, and plain data
+    beside it. Never unpickles code. Raises DamagedError when the file is neither.
     """
     path = Path(path)
     state: Any = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
-    for key in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+    while isinstance(state, Mapping):
+        inner = next((state[key] for key in keys if isinstance(state.get(key), Mapping)), None)
+        if inner is None:
+            break
+        state = inner
     if not isinstance(state, Mapping) or not all(hasattr(v, "shape") for v in state.values()):
         raise DamagedError(f"{path} holds no plain mapping from names to tensors: {_EXPECTED}")
     return dict(state)
@@ -176,13 +185,48 @@ def _load_torch(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _safe_globals_lock, torch.serialization.safe_globals(_plain_data()):
+            # Mapped, so that optimizer states beside the weights cost no memory.
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except OSError:
         raise
     # A damaged file can fail anywhere in torch's restricted unpickler, with any kind of error.
     except Exception as error:
-        reason = type(error).__name__
-        raise DamagedError(f"cannot read {path} ({reason}): {_EXPECTED}") from None
+        reason, advice = _why_not_loaded(path, error)
+        raise DamagedError(f"cannot read {path} ({reason}): {_EXPECTED}{advice}") from None
+
+
+def _plain_data() -> list[Any]:
+    """What old checkpoints hold beside tensors: settings and numbers, which run no code."""
+    import argparse
+
+    import numpy as np
+
+    scalar, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
+    dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
+    named = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for function, name in ((scalar, "scalar"), (array, "_reconstruct"))
+        for core in ("core", "_core")
+    ]
+    return [argparse.Namespace, np.dtype, np.ndarray, *set(dtypes), *named]
+
+
+def _why_not_loaded(path: Path, error: Exception) -> tuple[str, str]:
+    """The reason a torch file was refused, and what to do where its maker is trusted."""
+    convert = "; where you trust the file, convert it once with torch.save({}, NEW) and give NEW"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                state = "torch.jit.load(OLD, map_location='cpu').state_dict()"
+                return "a TorchScript archive, which holds code", convert.format(state)
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named is None:
+        return type(error).__name__, ""
+    state = "{'model': torch.load(OLD, weights_only=False)[KEY OF ITS STATE]}"
+    return f"it holds a {named[1]}, which could run code", convert.format(state)
 
 
 def _first(keys: list[str]) -> str:

@@ -23,7 +23,8 @@ class AutoencoderSpec:
     `channels` C of the latent; `downsample` pixels a latent cell; `posterior` "gaussian" (mean and
     std are stored) or "none" (the latent itself); scaled latent = (raw - shift) * scale, one
     number or one per channel; `hub` and `hub_file` the published weights; `weights` a local path
-    or "asset:FILE"; `config` what the loader builds the network from. Raises ConfigError.
+    or "asset:FILE"; `config` what the loader builds the network from; `float32_only` when it must
+    not run in a smaller type. Raises ConfigError.
     """
 
     name: str
@@ -37,6 +38,7 @@ class AutoencoderSpec:
     hub_file: str = "diffusion_pytorch_model.safetensors"
     weights: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    float32_only: bool = False
 
     def __post_init__(self) -> None:
         if self.posterior not in (GAUSSIAN, NONE):
@@ -91,11 +93,25 @@ def _sd_vae(decoder: str) -> AutoencoderSpec:
     )
 
 
+SDXL_VAE = AutoencoderSpec(
+    name="sdxl-vae",
+    loader="repa_pipeline.autoencoders.kl:load",
+    channels=4,
+    downsample=8,
+    posterior=GAUSSIAN,
+    scale=(0.13025,),
+    hub="stabilityai/sdxl-vae",
+    config={**SD_VAE_CONFIG, "sample_size": 1024},
+    # Its activations overflow float16, and its publishers run it in float32 (`force_upcast`).
+    float32_only=True,
+)
+
 AUTOENCODERS: Table[AutoencoderSpec] = Table(
     "autoencoder",
     [
         _sd_vae("ema"),
         _sd_vae("mse"),
+        SDXL_VAE,
         AutoencoderSpec(
             name="taesd",
             loader="repa_pipeline.autoencoders.tiny:load",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from repa_pipeline.autoencoders import AUTOENCODERS, AutoencoderSpec
 from repa_pipeline.autoencoders.scaling import scale_by, unscale_by
-from repa_pipeline.errors import MismatchError
+from repa_pipeline.encoders.precision import FLOAT32, autocast, check_dtype, compiled
+from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.tables import resolve
 from repa_pipeline.weights import file_sha256, resolve_weights
 
@@ -31,7 +32,10 @@ class AutoencoderNetwork(nn.Module):
 
 
 class Autoencoder:
-    """An autoencoder in eval mode, float32, deterministic, without gradients."""
+    """An autoencoder in eval mode, deterministic, without gradients.
+
+    What it gives is float32 whatever it computes in; byte equality is promised for float32 alone.
+    """
 
     def __init__(
         self,
@@ -40,11 +44,17 @@ class Autoencoder:
         *,
         weights_sha256: str,
         device: str | torch.device = "cpu",
+        dtype: str = FLOAT32,
+        compile: bool = False,
     ):
+        check_precision(spec, dtype)
         self.spec = spec
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)
-        self._network = network.to(self.device).eval().requires_grad_(False)
+        self.dtype = dtype
+        network = network.to(self.device).eval().requires_grad_(False)
+        self._encode = compiled(network.encode, compile)
+        self._decode = compiled(network.decode, compile)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -59,7 +69,9 @@ class Autoencoder:
                 f"images are {images.dtype} {list(images.shape)}: expected uint8 [B, 3, R, R]"
             )
         _, height, width = self.spec.latent_shape(images.shape[2])
-        stored = self._network.encode(images.to(self.device).float() / 127.5 - 1).float()
+        pixels = images.to(self.device).float() / 127.5 - 1
+        with autocast(self.device, self.dtype):
+            stored = self._encode(pixels).float()
         self._check(stored, self.spec.stored_channels, height, width)
         return stored
 
@@ -71,7 +83,8 @@ class Autoencoder:
         about [-1, 1]. Raises MismatchError on another number of channels.
         """
         self._check(raw, self.spec.channels, *raw.shape[2:])
-        return self._network.decode(raw.to(self.device, torch.float32)).float()
+        with autocast(self.device, self.dtype):
+            return self._decode(raw.to(self.device, torch.float32)).float()
 
     def _check(self, latents: Tensor, channels: int, height: int, width: int) -> None:
         if latents.shape[1:] != (channels, height, width):
@@ -79,6 +92,15 @@ class Autoencoder:
                 f"latents of autoencoder '{self.spec.name}' are {list(latents.shape)}: expected "
                 f"[B, {channels}, {height}, {width}] by its table entry"
             )
+
+
+def check_precision(spec: AutoencoderSpec, dtype: str) -> None:
+    """Raises ConfigError for a dtype that is unknown or that this autoencoder must not run in."""
+    if check_dtype(dtype) != FLOAT32 and spec.float32_only:
+        raise ConfigError(
+            f"autoencoder '{spec.name}' runs in {FLOAT32} only (its activations overflow smaller "
+            f"types), got dtype {dtype}: leave dtype at {FLOAT32}"
+        )
 
 
 def scale_latents(raw: Tensor, spec: AutoencoderSpec) -> Tensor:
@@ -106,16 +128,27 @@ def load_autoencoder(
     *,
     weights: str | None = None,
     device: str | torch.device = "cpu",
+    dtype: str = FLOAT32,
+    compile: bool = False,
 ) -> Autoencoder:
     """Loads an autoencoder; `weights` is a local file and comes before the entry's own.
 
-    Raises UnknownNameError, MissingError (no weights to be had), DamagedError or MismatchError
-    (the file).
+    `dtype` "bf16" runs the network under bf16 autocast; `compile` compiles it at the first batch.
+    Raises UnknownNameError, ConfigError (dtype), MissingError (no weights to be had),
+    DamagedError or MismatchError (the file).
     """
     spec = AUTOENCODERS[name_or_spec] if isinstance(name_or_spec, str) else name_or_spec
+    check_precision(spec, dtype)
     path = find_autoencoder_weights(spec, weights)
     network: AutoencoderNetwork = resolve(spec.loader)(spec, path)
-    return Autoencoder(spec, network, weights_sha256=file_sha256(path), device=device)
+    return Autoencoder(
+        spec,
+        network,
+        weights_sha256=file_sha256(path),
+        device=device,
+        dtype=dtype,
+        compile=compile,
+    )
 
 
 def _check_channels(latents: Tensor, spec: AutoencoderSpec) -> None:

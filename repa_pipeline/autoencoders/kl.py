@@ -15,7 +15,7 @@ from repa_pipeline.autoencoders.base import AutoencoderNetwork
 from repa_pipeline.errors import MismatchError
 from repa_pipeline.weights import fit_state, load_config, load_state
 
-# The attention's old parameter names, which the published files of sd-vae-ft-* still have.
+# The attention's old parameter names, which published files still have.
 ATTENTION_RENAMES = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
@@ -34,7 +34,9 @@ class KLNetwork(AutoencoderNetwork):
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, R, R] in [-1, 1] -> mean and std (not log-variance) [B, 2C, h, w]."""
         posterior = self.vae.encode(pixels, return_dict=False)[0]
-        return torch.cat([posterior.mean, posterior.std], dim=1)
+        # In float32 also where the network ran in bf16: exp magnifies rounding.
+        std = torch.exp(0.5 * posterior.logvar.float())
+        return torch.cat([posterior.mean.float(), std], dim=1)
 
     def decode(self, raw: Tensor) -> Tensor:
         """Raw latent [B, C, h, w] -> pixels [B, 3, R, R], about [-1, 1]."""

@@ -1,10 +1,11 @@
-"""One array of the cache: zarr metadata, its shards and the seal that says it is complete.
+"""One array of the cache: metadata, its shards and the seal that says it is complete.
 
     NAME/zarr.json    written first; attributes hold the manifest (settings that decide bytes)
     NAME/c/K/0/...    shard K (data/shards.py)
-    NAME/seal.json    written last: manifest, fingerprint and the sha256 of every shard
+    NAME/seal.json    written last: manifest, fingerprint and the digest of every shard
 
-A reader opens sealed arrays only. zarr itself is not needed to read or write one, so a training
+With container "webdataset" the metadata is NAME/array.json and shard K is NAME/00000K.tar. A
+reader opens sealed arrays only. zarr itself is not needed to read or write one, so a training
 machine can do without.
 """
 
@@ -13,18 +14,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from repa_pipeline.data import containers
+from repa_pipeline.data.containers import METADATA_FILES
+from repa_pipeline.data.names import KINDS
 from repa_pipeline.data.objects import LocalStore, ObjectStore, get_json, json_bytes
-from repa_pipeline.data.shards import RecordLayout, pack_shard, read_records
+from repa_pipeline.data.shards import DIGEST, REPAIR, RecordLayout, check_shard, pack_into
 from repa_pipeline.errors import DamagedError, MismatchError, MissingError
 
 FORMAT_VERSION = 1
-_FILLS: Mapping[str, Any] = {"float16": "NaN", "float32": "NaN", "int8": -128, "uint8": 0}
+_CACHE_ARRAYS = tuple(f"{kind}." for kind in KINDS)
+_SHA256 = "sha256:"
+_packing = threading.local()
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -55,49 +62,45 @@ class ArraySpec:
     def fingerprint(self) -> str:
         """sha256 of what decides the bytes of every shard: manifest, layout and partition."""
         partition = {"num_rows": self.num_rows, **dataclasses.asdict(self.layout)}
+        if self.layout.container == "zarr":  # as fingerprints were before there was another
+            del partition["container"]
         return fingerprint({"manifest": dict(self.manifest), **partition})
 
+    @property
+    def metadata_key(self) -> str:
+        return f"{self.name}/{METADATA_FILES[self.layout.container]}"
+
     def shard_key(self, shard: int) -> str:
+        if self.layout.container == "webdataset":
+            return f"{self.name}/{shard:06d}.tar"
         return f"{self.name}/c/{shard}" + "/0" * len(self.layout.shape)
 
-    def zarr_metadata(self) -> dict[str, Any]:
-        """zarr.json (zarr v3 core specification, sharding_indexed codec)."""
-        layout = self.layout
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
-        one_byte = np.dtype(layout.dtype).itemsize == 1
-        inner = {"name": "bytes"} if one_byte else little
-        sharding = {
-            "chunk_shape": [1, *layout.shape],
-            "codecs": [inner, {"name": "crc32c"}],
-            "index_codecs": [little, {"name": "crc32c"}],
-            "index_location": "end",
-        }
-        return {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": [self.num_rows, *layout.shape],
-            "data_type": layout.dtype,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [layout.shard_rows, *layout.shape]},
-            },
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": _FILLS[layout.dtype],
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "attributes": dict(self.manifest),
-            "storage_transformers": [],
-        }
+    @property
+    def advice(self) -> str:
+        """What to do about a damaged shard."""
+        again = "remove it and run the command that made it again"
+        return REPAIR if self.name.startswith(_CACHE_ARRAYS) else again
+
+    def metadata(self) -> dict[str, Any]:
+        """What the object at `metadata_key` holds."""
+        return containers.describe(self.num_rows, self.layout, self.manifest)
 
 
 def begin_array(store: ObjectStore, spec: ArraySpec) -> None:
-    """Writes zarr.json, or checks that the one that stands there is of the same settings.
+    """Writes the metadata, or checks that what stands there is of the same settings.
 
     Raises MismatchError naming the first setting that differs.
     """
-    key = f"{spec.name}/zarr.json"
-    if store.put_new(key, json_bytes(spec.zarr_metadata())):
-        return
-    _check_metadata(store, spec)
+    for container, file in METADATA_FILES.items():
+        other = container != spec.layout.container
+        if other and store.size(f"{spec.name}/{file}") is not None:
+            raise MismatchError(
+                f"{store.url}/{spec.name} was made with another container: {container} there, "
+                f"{spec.layout.container} now; set --format {container}, remove that folder, or "
+                "use another --workspace"
+            )
+    if not store.put_new(spec.metadata_key, json_bytes(spec.metadata())):
+        _check_metadata(store, spec, get_json(store, spec.metadata_key))
 
 
 def check_same_manifest(where: str, stored: Mapping[str, Any], spec: ArraySpec) -> None:
@@ -112,18 +115,19 @@ def check_same_manifest(where: str, stored: Mapping[str, Any], spec: ArraySpec) 
         )
 
 
-def _check_metadata(store: ObjectStore, spec: ArraySpec) -> None:
-    """zarr.json must describe the array of `spec`; keys that zarr added are left alone."""
+def _check_metadata(store: ObjectStore, spec: ArraySpec, stored: Mapping[str, Any]) -> None:
+    """`stored` must describe the array of `spec`; keys that zarr added are left alone."""
+    attributes = stored.get("attributes")
     where = f"{store.url}/{spec.name}"
-    stored = get_json(store, f"{spec.name}/zarr.json")
-    check_same_manifest(where, stored.get("attributes", {}), spec)
-    wanted = json.loads(json.dumps(spec.zarr_metadata()))
+    check_same_manifest(where, attributes if isinstance(attributes, Mapping) else {}, spec)
+    wanted = json.loads(json.dumps(spec.metadata()))
     difference = first_difference({key: stored.get(key) for key in wanted}, wanted)
     if difference:
         name, got, expected = difference
         raise MismatchError(
-            f"{where}/zarr.json says {name} is {got!r}, expected {expected!r}: the array was made "
-            "with another partition or is damaged; remove that folder, or use another --workspace"
+            f"{store.url}/{spec.metadata_key} says {name} is {got!r}, expected {expected!r}: the "
+            "array was made with another partition or is damaged; remove that folder, or use "
+            "another --workspace"
         )
 
 
@@ -142,25 +146,37 @@ def first_difference(got: Any, expected: Any, path: str = "") -> tuple[str, Any,
 def write_shard(
     store: ObjectStore, spec: ArraySpec, shard: int, records: npt.NDArray[np.generic]
 ) -> tuple[int, str]:
-    """Packs and creates shard `shard`; returns (bytes, sha256) of what is stored.
+    """Packs and creates shard `shard`; returns (bytes, digest) of what is stored.
 
-    A sound object that stands there already (another worker finished first) is kept and its hash
-    returned; a damaged one, which no ledger vouches for, is replaced.
+    records: all rows of the shard, [rows, *shape]. A sound object that stands there already
+    (another worker finished first) is kept and its digest returned; a damaged one, which no
+    ledger vouches for, is replaced. Any number of threads may write at once.
     """
-    data = pack_shard(records, spec.layout)
-    key = spec.shard_key(shard)
+    layout, key, first_row = spec.layout, spec.shard_key(shard), shard * spec.layout.shard_rows
+    rows = layout.rows_of(shard, spec.num_rows)
+    if len(records) != rows:
+        raise ValueError(f"{key}: {len(records)} records for a shard of {rows} rows")
+    data = _packing_buffer(layout.shard_bytes(rows))
+    digest = pack_into(data, records, layout, first_row)
     if not store.put_new(key, data):
         standing = store.get(key)
         try:
-            read_records(standing, len(records), spec.layout, key)
-            return len(standing), hashlib.sha256(standing).hexdigest()
+            return len(standing), check_shard(standing, rows, layout, key, first_row)[1]
         except DamagedError:
             store.put(key, data)
-    return len(data), hashlib.sha256(data).hexdigest()
+    return len(data), digest
+
+
+def _packing_buffer(num_bytes: int) -> memoryview:
+    """Memory of this thread, kept from shard to shard: fresh pages cost more than packing."""
+    held: bytearray = getattr(_packing, "buffer", bytearray())
+    if len(held) < num_bytes:
+        held = _packing.buffer = bytearray(num_bytes)
+    return memoryview(held)[:num_bytes]
 
 
 def seal_array(store: ObjectStore, spec: ArraySpec, shards: list[dict[str, Any]]) -> None:
-    """Writes the seal; `shards` is [{index, rows, num_bytes, sha256}] in order, all of them."""
+    """Writes the seal; `shards` is [{index, rows, num_bytes, digest}] in order, all of them."""
     if [entry["index"] for entry in shards] != list(range(spec.num_shards)):
         raise ValueError(f"cannot seal {spec.name}: {len(shards)} of {spec.num_shards} shards")
     seal = {
@@ -173,6 +189,8 @@ def seal_array(store: ObjectStore, spec: ArraySpec, shards: list[dict[str, Any]]
         "shard_rows": spec.layout.shard_rows,
         "shards": shards,
     }
+    if spec.layout.container != "zarr":
+        seal["container"] = spec.layout.container
     store.put(f"{spec.name}/seal.json", json_bytes({**seal, "seal_sha256": fingerprint(seal)}))
 
 
@@ -202,7 +220,7 @@ class SealedArray:
                 got = "missing" if size is None else f"{size} bytes, truncated or foreign"
                 raise DamagedError(
                     f"{self.where}: shard {shard['index']} is {got} ({key}), expected "
-                    f"{shard['num_bytes']} bytes; remove it and run the encoding command again"
+                    f"{shard['num_bytes']} bytes; {self.spec.advice}"
                 )
 
     def new_buffer(self) -> bytearray:
@@ -213,25 +231,98 @@ class SealedArray:
         """Reads shard `shard` into `buffer` and verifies it.
 
         Returns uint8 [rows, record_bytes], a view of `buffer`. Raises DamagedError when the shard
-        is missing, short, long or fails a checksum.
+        is missing, short, long, fails a checksum or is not the one that was sealed. (Of a shard
+        sealed with its sha256, which is slow, the records' checksums alone are verified here.)
         """
+        data = self._load(shard, buffer)
+        spec, where = self.spec, self._where(shard)
+        rows, first_row = self._rows(shard)
+        records, digest = check_shard(data, rows, spec.layout, where, first_row, spec.advice)
+        sealed = stored_digest(self.shards[shard])
+        if sealed.startswith(DIGEST) and digest != sealed:
+            raise self._foreign(shard, digest)
+        return records
+
+    def verify_shard(self, shard: int, buffer: bytearray) -> None:
+        """Raises DamagedError unless shard `shard` is to the bit what was sealed.
+
+        The message names the shard, the rows and what is wrong. `buffer` is overwritten.
+        """
+        self.read_shard(shard, buffer)
+        rows, _ = self._rows(shard)
+        if stored_digest(self.shards[shard]).startswith(_SHA256):
+            data = memoryview(buffer)[: self.spec.layout.shard_bytes(rows)]
+            digest = _SHA256 + hashlib.sha256(data).hexdigest()
+            if digest != stored_digest(self.shards[shard]):
+                raise self._foreign(shard, digest)
+
+    def _rows(self, shard: int) -> tuple[int, int]:
+        """How many rows a shard has, and which is its first."""
         layout = self.spec.layout
-        rows = layout.rows_of(shard, self.spec.num_rows)
+        return layout.rows_of(shard, self.spec.num_rows), shard * layout.shard_rows
+
+    def _where(self, shard: int) -> str:
+        rows, first = self._rows(shard)
         key = self.spec.shard_key(shard)
-        view = memoryview(buffer)[: layout.shard_bytes(rows)]
+        return f"{self.store.url}/{key} (shard {shard}, rows {first} to {first + rows - 1})"
+
+    def _load(self, shard: int, buffer: bytearray) -> memoryview:
+        """The shard's bytes; DamagedError when it is missing or of another length."""
+        rows, _ = self._rows(shard)
+        view = memoryview(buffer)[: self.spec.layout.shard_bytes(rows)]
+        where, advice = self._where(shard), self.spec.advice
         try:
-            got = self.store.read_into(key, view)
+            got = self.store.read_into(self.spec.shard_key(shard), view)
         except MissingError as error:
-            raise DamagedError(
-                f"{self.where}: shard {shard} is missing ({key}); run the encoding command again"
-            ) from error
+            raise DamagedError(f"{where} is missing; {advice}") from error
         if got != len(view):
+            count = got if got < len(view) else f"more than {len(view)}"
             raise DamagedError(
-                f"{self.store.url}/{key} is truncated or foreign: got "
-                f"{got if got < len(view) else f'more than {len(view)}'} bytes, expected "
-                f"{len(view)}; remove it and run the encoding command again"
+                f"{where} is truncated or foreign: got {count} bytes, expected {len(view)}; "
+                f"{advice}"
             )
-        return read_records(view, rows, layout, f"{self.store.url}/{key}")
+        return view
+
+    def _foreign(self, shard: int, digest: str) -> DamagedError:
+        sealed = stored_digest(self.shards[shard])
+        return DamagedError(
+            f"{self._where(shard)} is another shard than the sealed one: its digest is {digest}, "
+            f"the seal says {sealed}; {self.spec.advice}"
+        )
+
+
+def stored_digest(entry: Mapping[str, Any]) -> str:
+    """The digest a seal gives a shard; "sha256:HEX" of the whole object in seals of old."""
+    return str(entry["digest"]) if "digest" in entry else f"{_SHA256}{entry['sha256']}"
+
+
+def array_names(store: ObjectStore) -> list[str]:
+    """Sorted names of the arrays of a cache, sealed or begun; one listing."""
+    return [name for name in store.list("") if name.startswith(_CACHE_ARRAYS)]
+
+
+def read_spec(store: ObjectStore, name: str) -> ArraySpec:
+    """The spec of array `name`, sealed or not, from its metadata.
+
+    Raises MissingError without metadata, MismatchError when it is not of this package.
+    """
+    for container, file in METADATA_FILES.items():
+        try:
+            stored = get_json(store, f"{name}/{file}")
+        except MissingError:
+            continue
+        try:
+            spec = ArraySpec(name, *containers.parse(container, stored))
+            spec.metadata()
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise MismatchError(
+                f"{store.url}/{name}/{file} does not describe an array of this package "
+                f"({error!r}): remove that folder"
+            ) from error
+        _check_metadata(store, spec, stored)
+        return spec
+    files = " or ".join(METADATA_FILES.values())
+    raise MissingError(f"{store.url}/{name} is absent: expected {files} there")
 
 
 def open_sealed(store: ObjectStore, name: str, made_by: str) -> SealedArray:
@@ -241,29 +332,37 @@ def open_sealed(store: ObjectStore, name: str, made_by: str) -> SealedArray:
     damaged, foreign or of another format version.
     """
     key = f"{name}/seal.json"
-    if store.size(key) is None:
-        begun = store.size(f"{name}/zarr.json") is not None
+    try:
+        seal = get_json(store, key)
+    except MissingError:
+        begun = any(store.size(f"{name}/{file}") is not None for file in METADATA_FILES.values())
         state = "unfinished (no seal)" if begun else "absent"
-        raise MissingError(f"{store.url}/{name} is {state}: run `repa {made_by}` first")
-    seal = get_json(store, key)
+        advice = f"run `repa {made_by}` first"
+        raise MissingError(f"{store.url}/{name} is {state}: {advice}") from None
     if seal.get("format_version") != FORMAT_VERSION:
         raise MismatchError(
             f"{store.url}/{key} has format version {seal.get('format_version')!r}, this package "
             f"reads {FORMAT_VERSION}: use the package version that wrote it"
         )
+    spec = _parse_seal(f"{store.url}/{key}", name, seal, made_by)
+    _check_metadata(store, spec, get_json(store, spec.metadata_key))
+    return SealedArray(store, spec, tuple(seal["shards"]))
+
+
+def _parse_seal(where: str, name: str, seal: dict[str, Any], made_by: str) -> ArraySpec:
     digest = seal.pop("seal_sha256", None)
     try:
-        layout = RecordLayout(tuple(seal["record_shape"]), seal["dtype"], seal["shard_rows"])
+        shape, container = tuple(seal["record_shape"]), seal.get("container", "zarr")
+        layout = RecordLayout(shape, seal["dtype"], seal["shard_rows"], container)
         spec = ArraySpec(name, seal["num_rows"], layout, seal["manifest"])
     except (KeyError, TypeError) as error:
         raise DamagedError(
-            f"{store.url}/{key} is not a seal of this package ({error}): remove it and run "
+            f"{where} is not a seal of this package ({error}): remove it and run "
             f"`repa {made_by}` again"
         ) from error
     if digest != fingerprint(seal):
         raise DamagedError(
-            f"{store.url}/{key} is damaged, its checksum is not the recorded one: remove it and "
-            f"run `repa {made_by}` again"
+            f"{where} is damaged, its checksum is not the recorded one: remove it and run "
+            f"`repa {made_by}` again"
         )
-    _check_metadata(store, spec)
-    return SealedArray(store, spec, tuple(seal["shards"]))
+    return spec

@@ -1,27 +1,28 @@
-"""A folder of images as a source: one sub-folder a class, or images directly in it (one class)."""
+"""A tree of images as a source: one sub-folder a class, or images directly in it (one class)."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-from repa_pipeline.data.files import Entry, Files
 from repa_pipeline.data.items import IMAGE_EXTENSIONS, Item, finish_items, is_image_name
+from repa_pipeline.data.tree import Tree
 from repa_pipeline.errors import DataError, MissingError
 
 
 class FolderSource:
-    """Images below a folder. Class ids follow the sorted names of its direct sub-folders.
+    """Images below a root. Class ids follow the sorted names of its direct sub-folders.
 
-    top: what lies directly in the folder (sizes are not used).
+    tree: a folder, or zips; its top is listed here, everything else by `items`.
     """
 
-    def __init__(self, url: str, files: Files, top: list[Entry]):
+    def __init__(self, url: str, tree: Tree):
         self.url = url
+        self.is_remote = tree.is_remote
         self.remarks: tuple[str, ...] = ()
-        self._files = files
+        self._tree = tree
+        top = tree.top()
         self._is_flat = any(not e.is_folder and is_image_name(e.name) for e in top)
         self._folders = [entry.name for entry in top if entry.is_folder]
         self.class_names = None if self._is_flat else tuple(self._folders)
@@ -32,7 +33,7 @@ class FolderSource:
         """Every image, sorted by path; the key is the path below the root.
 
         Raises MissingError when there is no image, DataError when images lie both directly in
-        the folder and in sub-folders.
+        the root and in sub-folders.
         """
         with self._lock:
             if self._items is None:
@@ -40,28 +41,35 @@ class FolderSource:
             return list(self._items)
 
     def read(self, item: Item) -> bytes:
-        """The whole file; raises DamagedError when it is gone or has another size."""
-        return self._files.read(item.path, item.num_bytes)
+        """The file's bytes; raises DamagedError when they are gone or others."""
+        return self._tree.read(item)
+
+    def groups(self, items: Sequence[Item]) -> list[list[int]]:
+        return self._tree.groups(items)
+
+    def read_group(self, items: Sequence[Item]) -> list[bytes]:
+        return self._tree.read_group(items)
 
     def _list(self) -> list[Item]:
         found = [
-            Item(path, label, path, -1, size)
-            for label, folder in enumerate(self._folders)
-            for path, size in _walk(self._files, folder, ())
+            member.item(member.name, label)
+            for label, members in enumerate(self._tree.walk(self._folders))
+            for member in members
+            if is_image_name(member.name)
         ]
         if self._is_flat and found:
             raise DataError(
-                f"{self.url} holds images directly and in sub-folders ('{found[0].path}'): "
+                f"{self.url} holds images directly and in sub-folders ('{found[0].key}'): "
                 "expected one or the other, move some"
             )
         if self._is_flat:
-            top = self._files.entries()
-            images = [e for e in top if not e.is_folder and is_image_name(e.name)]
-            found = [Item(e.name, None, e.name, -1, e.num_bytes) for e in images]
+            images = [m for m in self._tree.top_files() if is_image_name(m.name)]
+            found = [member.item(member.name, None) for member in images]
         if not found:
             raise MissingError(
-                f"no images in {self.url}: expected class sub-folders, images, or tars "
-                f"(extensions {', '.join(sorted(IMAGE_EXTENSIONS))})"
+                f"no images in {self.url}: expected class sub-folders, images "
+                f"(extensions {', '.join(sorted(IMAGE_EXTENSIONS))}), or tars, parquet files or "
+                "zips; those in sub-folders need a pattern"
             )
         self.remarks = () if self._is_flat else self._remarks(found)
         return finish_items(found)
@@ -73,27 +81,10 @@ class FolderSource:
             for label, name in enumerate(self._folders)
             if not num_images[label]
         )
-        if all(item.path.count("/") > 1 for item in items):
+        if all(item.key.count("/") > 1 for item in items):
             names = ", ".join(f"'{name}'" for name in self._folders[:3])
             return (
                 *empty,
                 f"no image lies directly in a class folder ({names}): one level too high?",
             )
         return empty
-
-
-def _walk(files: Files, folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of every image below a folder; follows links, refuses a link to above."""
-    if files.is_local:
-        real = os.path.realpath(files.path(folder))
-        if real in above:
-            raise DataError(
-                f"folder {files.path(folder)} is a link to a folder above it: remove it"
-            )
-        above = (*above, real)
-    for entry in files.entries(folder):
-        name = f"{folder}/{entry.name}"
-        if entry.is_folder:
-            yield from _walk(files, name, above)
-        elif is_image_name(entry.name):
-            yield name, entry.num_bytes

@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline.data.objects import ObjectStore, get_json, json_bytes
+from repa_pipeline.data.tables import TableRows, blocks_of, table_bytes
 from repa_pipeline.errors import DamagedError, MissingError
 
+INDEX, EXCLUDED = "index.parquet", "excluded"
 FORMAT_VERSION = 1
+# Columns of index.parquet in the order they are stored, and their arrow types.
+_TYPES = {
+    "row": "int64",
+    "key": "string",
+    "label": "int32",
+    "path": "string",
+    "offset": "int64",
+    "num_bytes": "int64",
+    "width": "int32",
+    "height": "int32",
+    "notes": "string",
+    "digest": "string",
+    EXCLUDED: "string",
+}
 _COLUMNS = ("key", "label", "path", "offset", "num_bytes", "width", "height", "notes", "digest")
 
 
@@ -41,16 +56,46 @@ class Entry:
     excluded: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
 class Index:
-    """The rows in storage order, and the manifest that describes them."""
+    """The rows in storage order, and the manifest that describes them.
 
-    entries: tuple[Entry, ...]
-    manifest: Mapping[str, Any]
+    Rows are read by row group when asked for, so memory does not grow with the data set.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any], store: ObjectStore | None = None):
+        self.manifest = manifest
+        self._store = store
+        self._rows: TableRows | None = None
+
+    def __eq__(self, other: object) -> bool:
+        # The manifest holds the hash of all rows.
+        return isinstance(other, Index) and self.manifest == other.manifest
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def num_rows(self) -> int:
         return int(self.manifest["num_rows"])
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All rows at once: for small sets and tests."""
+        return self.rows(0, self.num_rows)
+
+    def rows(self, start: int, stop: int) -> tuple[Entry, ...]:
+        """Rows [start, stop). Raises DamagedError when the file's own checksums fail."""
+        return tuple(Entry(**row) for row in self._table().rows(start, stop, (*_COLUMNS, EXCLUDED)))
+
+    def batches(self, columns: Sequence[str]) -> Iterator[Any]:
+        """Arrow tables of a few thousand rows each with `columns`, in order."""
+        return self._table().batches(columns, self.num_rows)
+
+    def _table(self) -> TableRows:
+        if self._store is None:
+            raise ValueError("a planned index has no rows")
+        if self._rows is None:
+            self._rows = TableRows(self._store, INDEX)
+        return self._rows
 
 
 def content_digest(data: bytes) -> str:
@@ -70,23 +115,12 @@ def write_index(
     store: ObjectStore, rows: list[Entry], excluded: list[Entry], manifest: dict[str, Any]
 ) -> None:
     """Writes index.parquet, then manifest.json with the row digest."""
-    import pyarrow
-    import pyarrow.parquet
-
     everything = rows + excluded
     columns: dict[str, Any] = {name: [getattr(e, name) for e in everything] for name in _COLUMNS}
     columns["row"] = list(range(len(rows))) + [-1] * len(excluded)
-    columns["excluded"] = [entry.excluded for entry in everything]
-    schema = pyarrow.schema(
-        [("row", pyarrow.int64()), ("key", pyarrow.string()), ("label", pyarrow.int32())]
-        + [("path", pyarrow.string()), ("offset", pyarrow.int64()), ("num_bytes", pyarrow.int64())]
-        + [("width", pyarrow.int32()), ("height", pyarrow.int32()), ("notes", pyarrow.string())]
-        + [("digest", pyarrow.string()), ("excluded", pyarrow.string())]
-    )
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), buffer)
-    data = buffer.getvalue()
-    store.put("index.parquet", data)
+    columns[EXCLUDED] = [entry.excluded for entry in everything]
+    data = table_bytes(columns, _TYPES)
+    store.put(INDEX, data)
     complete = {
         "format_version": FORMAT_VERSION,
         "index_sha256": hashlib.sha256(data).hexdigest(),
@@ -111,30 +145,26 @@ def read_manifest(store: ObjectStore) -> dict[str, Any]:
 
 
 def read_index(store: ObjectStore) -> Index:
-    """All rows in storage order; raises DamagedError when the file is not the one sealed."""
+    """The finished index; raises DamagedError when the file is not the one sealed."""
     manifest = read_manifest(store)
-    table = _read_table(store, manifest).to_pylist()
-    rows = [row for row in table if row.pop("row") >= 0]
-    return Index(tuple(Entry(**row) for row in rows), manifest)
+    total = hashlib.sha256()
+    for block in blocks_of(store, INDEX):
+        total.update(block)
+    if total.hexdigest() != manifest["index_sha256"]:
+        raise DamagedError(
+            f"{store.url}/{INDEX} is not the file that manifest.json describes: "
+            "remove both and run `repa index` again"
+        )
+    return Index(manifest, store)
+
+
+def open_index(store: ObjectStore) -> Index:
+    """As `read_index`, for workers: trusts the driver's check of the whole file."""
+    return Index(read_manifest(store), store)
 
 
 def read_labels(store: ObjectStore) -> npt.NDArray[np.int64]:
     """int64 [num_rows]: the class of every row."""
-    manifest = read_manifest(store)
-    table = _read_table(store, manifest)
-    kept = table["row"].to_numpy() >= 0
-    labels: npt.NDArray[np.int64] = table["label"].to_numpy()[kept].astype(np.int64)
+    parts = [batch["label"].to_numpy() for batch in read_index(store).batches(["label"])]
+    labels: npt.NDArray[np.int64] = np.concatenate(parts).astype(np.int64)
     return labels
-
-
-def _read_table(store: ObjectStore, manifest: Mapping[str, Any]) -> Any:
-    import pyarrow.parquet
-
-    data = store.get("index.parquet")
-    if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
-        raise DamagedError(
-            f"{store.url}/index.parquet is not the file that manifest.json describes: "
-            "remove both and run `repa index` again"
-        )
-    # Without threads: a pool still alive at exit can abort the process after its work is done.
-    return pyarrow.parquet.read_table(io.BytesIO(data), use_threads=False)

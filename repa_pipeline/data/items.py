@@ -35,6 +35,11 @@ class Source(Protocol):
         ...
 
     @property
+    def is_remote(self) -> bool:
+        """Whether reading costs requests to a server."""
+        ...
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """Name of every class id, None where the source has no names."""
         ...
@@ -49,7 +54,19 @@ class Source(Protocol):
         ...
 
     def read(self, item: Item) -> bytes:
-        """The image file's bytes; raises DamagedError when they are no longer what was listed."""
+        """The image file's bytes.
+
+        Raises DamagedError when they are no longer what was listed, StoreError when a server
+        fails for good.
+        """
+        ...
+
+    def groups(self, items: Sequence[Item]) -> list[list[int]]:
+        """Positions in `items` that one request reads together, every position exactly once."""
+        ...
+
+    def read_group(self, items: Sequence[Item]) -> list[bytes]:
+        """The bytes of items that `groups` put together, each as `read` gives them."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 `open_store("dir")` and `open_store("s3://bucket/prefix")` give the same few operations. A write is
 never half visible: a local object is linked into place after an fsync, a remote one is a
-single conditional PUT.
+single conditional PUT. Remote stores are in fsstore.py and s3.py, their retries in retry.py.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import itertools
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from repa_pipeline.data.fsstore import ABSENT, RemoteStore, whole_range
+from repa_pipeline.data.retry import RetryPolicy
+from repa_pipeline.data.s3 import S3Store
 from repa_pipeline.errors import DamagedError, MissingError, StageError
 
-_EXISTS_CODES = {"PreconditionFailed", "ConditionalRequestConflict"}
 _TEMPORARY = ".tmp-"
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class ObjectStore(Protocol):
@@ -36,12 +38,20 @@ class ObjectStore(Protocol):
         """Fills `buffer` from the object's start; returns the object's bytes (at most len+1)."""
         ...
 
+    def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
+        """Exactly those bytes; raises MissingError, and DamagedError when the object is shorter."""
+        ...
+
     def size(self, key: str) -> int | None:
         """The object's bytes, None when there is no object."""
         ...
 
     def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
-        """Creates the object; False, and nothing written, when one stands there already."""
+        """Creates the object; False, and nothing written, when one stands there already.
+
+        On a remote store False can be said of one's own object, when the answer to the first
+        attempt was lost: look at what stands.
+        """
         ...
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
@@ -52,19 +62,27 @@ class ObjectStore(Protocol):
         """Sorted names directly below `prefix`."""
         ...
 
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """Every key below `prefix`, at any depth, in no set order: for copying and verifying."""
+        ...
+
     def delete(self, key: str) -> None: ...
 
     def child(self, name: str) -> ObjectStore: ...
 
 
-def open_store(url: str) -> ObjectStore:
-    """Opens a folder (plain path, file:// or local://) or any URL fsspec knows.
+def open_store(url: str, *, retry: RetryPolicy | None = None) -> ObjectStore:
+    """Opens a folder (plain path, file:// or local://), a bucket (s3://), or any URL fsspec knows.
 
-    Raises StageError when the protocol's library is not installed.
+    `retry`: how a remote store is asked again, without one as REPA_STORE_* say. Raises StageError
+    when the protocol's library is not installed, ConfigError for a URL with a password in it.
     """
     for protocol in ("file://", "local://"):
         url = url.removeprefix(protocol)
-    return RemoteStore(url) if "://" in url else LocalStore(url)
+    if "://" not in url:
+        return LocalStore(url)
+    kind = S3Store if url.startswith(("s3://", "s3a://")) else RemoteStore
+    return kind(url, retry=retry)
 
 
 class LocalStore:
@@ -79,15 +97,25 @@ class LocalStore:
     def get(self, key: str) -> bytes:
         try:
             return (self.root / key).read_bytes()
-        except _ABSENT as error:
+        except ABSENT as error:
             raise MissingError(f"no object {self.root / key}") from error
 
     def read_into(self, key: str, buffer: memoryview) -> int:
         try:
             with open(self.root / key, "rb", buffering=0) as file:
                 return _read_all(file, buffer)
-        except _ABSENT as error:
+        except ABSENT as error:
             raise MissingError(f"no object {self.root / key}") from error
+
+    def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
+        try:
+            with open(self.root / key, "rb", buffering=0) as file:
+                file.seek(start)
+                data = bytearray(num_bytes)
+                count = min(_read_all(file, memoryview(data)), num_bytes)
+        except ABSENT as error:
+            raise MissingError(f"no object {self.root / key}") from error
+        return whole_range(bytes(data[:count]), str(self.root / key), start, num_bytes)
 
     def size(self, key: str) -> int | None:
         path = self.root / key
@@ -124,8 +152,14 @@ class LocalStore:
             return []
         return sorted(n for n in os.listdir(folder) if not n.startswith(_TEMPORARY))
 
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        for folder, _, names in os.walk(self.root / prefix):
+            for name in names:
+                if not name.startswith(_TEMPORARY):
+                    yield (Path(folder) / name).relative_to(self.root).as_posix()
+
     def delete(self, key: str) -> None:
-        with contextlib.suppress(*_ABSENT):
+        with contextlib.suppress(*ABSENT):
             (self.root / key).unlink()
 
     def child(self, name: str) -> ObjectStore:
@@ -151,81 +185,6 @@ class LocalStore:
                 ) from error
             raise
         return temporary
-
-
-class RemoteStore:
-    """A prefix on any fsspec file system; s3 credentials come from the environment only.
-
-    `put_new` has one winner, and nothing is ever half visible, where the file system creates
-    conditionally (S3, GCS, Azure). Elsewhere two writers at once may both win; what they write of
-    a shard is equal, and a torn object fails its checksums.
-    """
-
-    def __init__(self, url: str, filesystem: Any = None):
-        import fsspec
-
-        self.url = url.rstrip("/")
-        options = {"use_listings_cache": False} if url.startswith(("s3://", "s3a://")) else {}
-        try:
-            self._fs = filesystem or fsspec.filesystem(url.split("://", 1)[0], **options)
-        except (ImportError, ValueError) as error:
-            raise StageError(f"cannot open {url}: {error}") from error
-        self._root = self._fs._strip_protocol(self.url)
-
-    def get(self, key: str) -> bytes:
-        try:
-            data: bytes = self._fs.cat_file(f"{self._root}/{key}")
-        except _ABSENT as error:
-            raise MissingError(f"no object {self.url}/{key}") from error
-        return data
-
-    def read_into(self, key: str, buffer: memoryview) -> int:
-        data = self.get(key)
-        count = min(len(data), len(buffer))
-        buffer[:count] = data[:count]
-        return min(len(data), len(buffer) + 1)
-
-    def size(self, key: str) -> int | None:
-        try:
-            info = self._fs.info(f"{self._root}/{key}")
-        except _ABSENT:
-            return None
-        return int(info["size"]) if info["type"] == "file" else None
-
-    def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
-        path = f"{self._root}/{key}"
-        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        try:
-            self._fs.pipe_file(path, bytes(data), mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            # A conflict (409) also answers a writer whose rival then failed: no object, no loser.
-            if _error_code(error) in _EXISTS_CODES and self.size(key) is not None:
-                return False
-            raise
-        return True
-
-    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
-        path = f"{self._root}/{key}"
-        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(path, bytes(data))
-
-    def list(self, prefix: str) -> list[str]:
-        folder = f"{self._root}/{prefix}".rstrip("/")
-        try:
-            entries = [str(entry).rstrip("/") for entry in self._fs.ls(folder, detail=False)]
-        except _ABSENT:
-            return []
-        # Listing an object, and some stores listing a folder, name the thing itself.
-        return sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry != folder)
-
-    def delete(self, key: str) -> None:
-        with contextlib.suppress(*_ABSENT):
-            self._fs.rm_file(f"{self._root}/{key}")
-
-    def child(self, name: str) -> ObjectStore:
-        return RemoteStore(f"{self.url}/{name}", self._fs)
 
 
 def get_json(store: ObjectStore, key: str) -> dict[str, Any]:
@@ -271,8 +230,3 @@ def _remove_orphans(folder: Path) -> None:
             continue
         if not Path(f"/proc/{numbers[0]}").exists() and Path("/proc/self").exists():
             (folder / name).unlink(missing_ok=True)
-
-
-def _error_code(error: BaseException) -> str:
-    response = getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))

@@ -1,19 +1,24 @@
-"""Names of many tars in one string: brace and glob patterns, lists joined by '::'."""
+"""Names of many archives in one string: brace and glob patterns, lists joined by '::'."""
 
 from __future__ import annotations
 
 import itertools
 import re
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+ARCHIVE_SUFFIXES = {
+    "tar": (".tar", ".tar.gz", ".tgz"),
+    "parquet": (".parquet",),
+    "zip": (".zip",),
+}
 _GLOB = re.compile(r"[*?\[]")
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def is_tar_name(name: str) -> bool:
-    """Whether a name or pattern ends like a tar."""
-    return name.lower().endswith(TAR_SUFFIXES)
+def archive_kind(name: str) -> str | None:
+    """ "tar", "parquet" or "zip" by the end of a name or pattern, else None."""
+    lower = name.lower()
+    return next((kind for kind, ends in ARCHIVE_SUFFIXES.items() if lower.endswith(ends)), None)
 
 
 def is_gzipped(name: str) -> bool:
@@ -21,11 +26,16 @@ def is_gzipped(name: str) -> bool:
     return name.lower().endswith((".gz", ".tgz"))
 
 
-def names_tars(url: str) -> bool:
-    """Whether a url stands for tars: every part of it is a tar's name or ends in a wildcard."""
+def is_unpacked(path: str) -> bool:
+    """Whether images of this file are read from a copy unpacked into the scratch folder."""
+    return path.lower().endswith((".gz", ".tgz", ".parquet"))
+
+
+def names_archives(url: str) -> bool:
+    """Whether a url stands for archives: every part is an archive's name or ends in a wildcard."""
     parts = [name for part in url.split("::") for name in expand_braces(part)]
     names = [part.rpartition("/")[2] for part in parts]
-    return all(is_tar_name(name) or has_glob(name) for name in names)
+    return all(archive_kind(name) is not None or has_glob(name) for name in names)
 
 
 def has_glob(pattern: str) -> bool:
@@ -37,9 +47,9 @@ def split_list(url: str) -> list[str]:
     """The parts of a list joined by '::', or the url alone.
 
     fsspec chains its file systems with '::' too (`simplecache::s3://...`): it is a list of ours
-    only if every part is a tar.
+    only if every part is an archive.
     """
-    return url.split("::") if names_tars(url) else [url]
+    return url.split("::") if names_archives(url) else [url]
 
 
 def expand_braces(pattern: str) -> list[str]:

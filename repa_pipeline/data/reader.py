@@ -10,7 +10,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -21,6 +21,8 @@ from repa_pipeline.data.order import Order, rank_slice
 from repa_pipeline.data.shards import as_rows
 
 _Failure = tuple[BaseException]
+# Step -> bool [global batch]: whose mirrored view is drawn.
+Views = Callable[[int], npt.NDArray[np.bool_]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Records:
 class Reader:
     """Iterates over batches first_step, ..., last_step - 1; a context manager.
 
-    Raises DamagedError (from the thread, at the batch that needs it) for a missing, short or
-    corrupted shard. `wait_s` sums the time the consumer waited.
+    With `mirrored`, the arrays of the mirrored view in the same order, each row of a batch is read
+    from the view that `views` says. Raises DamagedError (from the thread, at the batch that needs
+    it) for a missing, short or corrupted shard. `wait_s` sums the time the consumer waited.
     """
 
     def __init__(
@@ -52,12 +55,18 @@ class Reader:
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 4,
+        mirrored: Sequence[SealedArray] = (),
+        views: Views | None = None,
     ):
         self.wait_s = 0.0
         self._order = order
         self._steps = range(first_step, last_step)
         self._slice = rank_slice(order.batch_size, rank, world_size)
-        self._windows = [_Window(array) for array in arrays]
+        self._views = views if mirrored else None
+        self._windows: list[tuple[_Window, ...]] = [(_Window(array),) for array in arrays]
+        if mirrored:
+            pairs = zip(arrays, mirrored, strict=True)
+            self._windows = [(_Window(array), _Window(flipped)) for array, flipped in pairs]
         self._queue: queue.Queue[Records | _Failure | None] = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="repa-reader", daemon=True)
@@ -110,11 +119,35 @@ class Reader:
     def _read(self, step: int) -> Records:
         epoch, inside = divmod(step, self._order.steps_per_epoch)
         if inside == 0 or step == self._steps.start:
-            ahead = self._order.epoch(epoch)[inside:, self._slice]
-            for window in self._windows:
-                window.expect(ahead)
+            self._expect(self._order.epoch(epoch)[inside:, self._slice], step)
         rows = self._order.rows(step)[self._slice]
-        return Records(step, rows, tuple(window.take(rows) for window in self._windows))
+        flipped = self._flipped(step)
+        return Records(step, rows, tuple(_take(views, rows, flipped) for views in self._windows))
+
+    def _expect(self, ahead: npt.NDArray[np.int64], first_step: int) -> None:
+        """Tells every window which rows the rest of the epoch asks it for."""
+        steps = range(first_step, first_step + len(ahead))
+        flipped = np.array([self._flipped(step) for step in steps]) if self._views else None
+        for views in self._windows:
+            for view, window in enumerate(views):
+                window.expect(ahead if flipped is None else ahead[flipped == view])
+
+    def _flipped(self, step: int) -> npt.NDArray[np.bool_] | None:
+        return self._views(step)[self._slice] if self._views else None
+
+
+def _take(
+    views: tuple[_Window, ...],
+    rows: npt.NDArray[np.int64],
+    flipped: npt.NDArray[np.bool_] | None,
+) -> npt.NDArray[np.generic]:
+    """The records of `rows`, each from the view that is drawn for it."""
+    if flipped is None:
+        return views[0].take(rows)
+    plain, mirrored = views[0].take(rows[~flipped]), views[1].take(rows[flipped])
+    records = np.empty((len(rows), *plain.shape[1:]), plain.dtype)
+    records[~flipped], records[flipped] = plain, mirrored
+    return records
 
 
 class _Window:

@@ -1,9 +1,9 @@
-"""A folder of limited size for unpacked tars, shared by all processes of a machine.
+"""A folder of limited size for unpacked tars and parquet files, shared by a machine's processes.
 
-A tar appears under its final name only when complete (rename), and stays readable to whoever has
-it open after it is evicted (unlink keeps an open file). One process unpacks a given tar, the
-others wait for it. Least recently used tars go first; tars that other processes are unpacking at
-the same moment cannot be evicted and may exceed the limit until they are done.
+A file appears under its final name only when complete (rename), and stays readable to whoever
+has it open after it is evicted (unlink keeps an open file). One process unpacks a given file, the
+others wait for it. Least recently used ones go first; files that are being unpacked at the same
+moment cannot be evicted and may exceed the limit until they are done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import BinaryIO
 
 from repa_pipeline.errors import DataError, MissingError, RepaError, StageError
 
-_CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 8 * 2**20
+# Files unpacked at once: all of them count beyond the limit.
+UNPACK_THREADS = 4
 _TAR, _PART, _LOCK = ".tar", ".part", ".lock"
 
 
@@ -28,8 +30,11 @@ def default_scratch_dir() -> str:
     return os.environ.get("REPA_SCRATCH") or os.path.join(tempfile.gettempdir(), "repa-scratch")
 
 
+Unpack = Callable[[BinaryIO, str], Iterator[bytes]]
+
+
 class Scratch:
-    """Unpacked tars by key, at most `limit_bytes` of them; the folder is made at the first use."""
+    """Unpacked files by key, at most `limit_bytes` of them; the folder is made at the first use."""
 
     def __init__(
         self, folder: str, limit_bytes: int, on_evict: Callable[[str], None] = lambda key: None
@@ -38,12 +43,19 @@ class Scratch:
         self._limit_bytes = limit_bytes
         self._on_evict = on_evict
 
-    def open_unpacked(self, key: str, name: str, open_packed: Callable[[], BinaryIO]) -> int:
-        """A descriptor of the unpacked tar `key`, which the caller closes; unpacks it if absent.
+    def open_unpacked(
+        self,
+        key: str,
+        name: str,
+        open_packed: Callable[[], BinaryIO],
+        unpack: Unpack | None = None,
+    ) -> int:
+        """A descriptor of the unpacked file `key`, which the caller closes; unpacks it if absent.
 
-        name: for messages. open_packed: opens the gzip file, may raise FileNotFoundError.
-        Raises MissingError when there is no gzip file, DataError when it is damaged, StageError
-        when the tar is larger than the limit or the folder cannot be written.
+        name: for messages. open_packed: opens the packed file, may raise FileNotFoundError.
+        unpack: (packed file, name) -> its content in pieces (default: gunzip).
+        Raises MissingError when there is no packed file, DataError when it is damaged, StageError
+        when the content is larger than the limit or the folder cannot be written.
         """
         try:
             fd = self._open(key)
@@ -52,7 +64,7 @@ class Scratch:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             with self._locked(key):
                 fd = self._open(key)
-                return self._unpack(key, name, open_packed) if fd is None else fd
+                return self._unpack(key, name, open_packed, unpack or gunzip) if fd is None else fd
         except RepaError:
             raise
         except OSError as error:
@@ -72,12 +84,14 @@ class Scratch:
         os.utime(fd)
         return fd
 
-    def _unpack(self, key: str, name: str, open_packed: Callable[[], BinaryIO]) -> int:
+    def _unpack(
+        self, key: str, name: str, open_packed: Callable[[], BinaryIO], unpack: Unpack
+    ) -> int:
         part = self._path(key, _PART)
         written = 0
         try:
             with _opened(open_packed, name) as packed, open(part, "wb") as unpacked:
-                chunks = _gunzip(packed, name)
+                chunks = unpack(packed, name)
                 for chunk in chunks:
                     written += len(chunk)
                     if written > self._limit_bytes:
@@ -87,6 +101,8 @@ class Scratch:
             # Opened before it gets its name: from then on another process may evict it.
             fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
             os.replace(part, self._path(key, _TAR))
+            # Others may have been unpacked beside this one.
+            self._make_room(0)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
@@ -153,11 +169,12 @@ def _opened(open_packed: Callable[[], BinaryIO], name: str) -> BinaryIO:
         raise MissingError(f"{name} is gone: copy it again or index the source anew") from None
 
 
-def _gunzip(packed: BinaryIO, name: str) -> Iterator[bytes]:
+def gunzip(packed: BinaryIO, name: str) -> Iterator[bytes]:
+    """The content of a gzip file in pieces; raises DataError when it is damaged."""
     unzipped = gzip.GzipFile(fileobj=packed)
     while True:
         try:
-            chunk = unzipped.read(_CHUNK_BYTES)
+            chunk = unzipped.read(CHUNK_BYTES)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{name} is not a whole gzip file: {error}; copy it again") from None
         if not chunk:

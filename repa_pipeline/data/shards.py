@@ -1,44 +1,75 @@
-"""The fixed-record shard: a zarr v3 shard object that is also readable by plain offsets.
+"""The fixed-record shard: record i lies at a fixed offset and has a checksum of its own.
 
-Record i of a shard lies at i * (record_bytes + 4), its crc32c (little endian) behind it. At the
-end stands zarr's shard index: (offset, length) as two uint64 a record, then the crc32c of the
-index. A short last shard has 2**64 - 1 in the entries of the records it does not hold.
+Container "zarr": a zarr v3 shard object. Record i lies at i * (record_bytes + 4), its crc32c
+(little endian) behind it. At the end stands zarr's shard index: (offset, length) as two uint64 a
+record, then the crc32c of the index. A short last shard has 2**64 - 1 in the entries of the
+records it does not hold. Container "webdataset": a tar (data/tarshards.py).
+
+The digest of a shard, "rows-crc32c:HEX", is the sha256 of its records' checksums.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+from collections.abc import Sequence
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.errors import DamagedError
+from repa_pipeline.data import tarshards
+from repa_pipeline.errors import DamagedError, UnknownNameError
 
+CONTAINERS = ("zarr", "webdataset")
+DIGEST = "rows-crc32c:"
+REPAIR = "run `repa repair`"
 _CRC_BYTES = 4
 _ABSENT = np.uint64(2**64 - 1)
+_MOST_ROWS_NAMED = 8
+
+Buffer = memoryview | bytes | bytearray
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordLayout:
-    """Shape and dtype of one row, and how many rows a full shard holds."""
+    """Shape and dtype of one row, how many rows a full shard holds, and the shard's container."""
 
     shape: tuple[int, ...]
     dtype: str
     shard_rows: int
+    container: str = "zarr"
+
+    def __post_init__(self) -> None:
+        if self.container not in CONTAINERS:
+            raise UnknownNameError(
+                f"unknown container {self.container!r}: this package knows {', '.join(CONTAINERS)}"
+            )
 
     @property
     def record_bytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
+    def record_offset(self) -> int:
+        """Bytes from i * stride to record i."""
+        if self.container == "zarr":
+            return 0
+        return tarshards.record_offset(self.shape, self.dtype)
+
+    @property
     def stride(self) -> int:
-        return self.record_bytes + _CRC_BYTES
+        """Bytes from one record to the next."""
+        if self.container == "zarr":
+            return self.record_bytes + _CRC_BYTES
+        return tarshards.stride(self.shape, self.dtype)
 
     def shard_bytes(self, num_rows: int) -> int:
         """Bytes of a shard object that holds `num_rows` rows."""
-        return num_rows * self.stride + self.shard_rows * 16 + _CRC_BYTES
+        zarr_end = self.shard_rows * 16 + _CRC_BYTES
+        end = zarr_end if self.container == "zarr" else len(tarshards.END)
+        return num_rows * self.stride + end
 
     def num_shards(self, num_rows: int) -> int:
         return -(-num_rows // self.shard_rows)
@@ -48,58 +79,75 @@ class RecordLayout:
         return min(self.shard_rows, num_rows - shard * self.shard_rows)
 
 
-def pack_shard(records: npt.NDArray[np.generic], layout: RecordLayout) -> bytearray:
-    """Builds a shard object from its rows.
-
-    records: [n, *layout.shape] of layout.dtype, 1 <= n <= layout.shard_rows.
-    """
-    num_rows = len(records)
-    if records.shape[1:] != layout.shape or records.dtype != np.dtype(layout.dtype):
-        raise ValueError(f"records {records.shape} {records.dtype} do not fit {layout}")
-    body = num_rows * layout.stride
-    shard = bytearray(layout.shard_bytes(num_rows))
-    table = np.frombuffer(shard, np.uint8, body).reshape(num_rows, layout.stride)
-    payload = np.ascontiguousarray(records).view(np.uint8).reshape(num_rows, -1)
-    table[:, : layout.record_bytes] = payload
-    crcs = np.array([_crc(row) for row in payload], "<u4")
-    table[:, layout.record_bytes :] = crcs.view(np.uint8).reshape(num_rows, _CRC_BYTES)
-    index = _index_bytes(num_rows, layout)
-    shard[body : body + len(index)] = index
-    shard[body + len(index) :] = google_crc32c.value(index).to_bytes(_CRC_BYTES, "little")
+def pack_shard(
+    records: npt.NDArray[np.generic], layout: RecordLayout, first_row: int = 0
+) -> bytearray:
+    """A shard object in fresh memory; arguments as for `pack_into`."""
+    shard = bytearray(layout.shard_bytes(len(records)))
+    pack_into(memoryview(shard), records, layout, first_row)
     return shard
 
 
-def read_records(
-    shard: memoryview | bytes | bytearray, num_rows: int, layout: RecordLayout, where: str
-) -> npt.NDArray[np.uint8]:
-    """Checks every byte of a shard and gives a view of its records, without a copy.
+def pack_into(
+    shard: memoryview, records: npt.NDArray[np.generic], layout: RecordLayout, first_row: int = 0
+) -> str:
+    """Builds a shard object from its rows in `shard`, all of whose bytes it sets.
 
-    Returns uint8 [num_rows, record_bytes]; row i is record i. Raises DamagedError naming `where`
-    and the first damaged record for a wrong length, checksum or index.
+    shard: layout.shard_bytes(n) writable bytes. records: [n, *layout.shape] of layout.dtype, in
+    any memory order, 1 <= n <= layout.shard_rows; the first is row `first_row` of the array.
+    Returns the shard's digest.
+    """
+    if records.shape[1:] != layout.shape or records.dtype != np.dtype(layout.dtype):
+        raise ValueError(f"records {records.shape} {records.dtype} do not fit {layout}")
+    table, end = _split(shard, len(records), layout)
+    if layout.container == "webdataset":
+        crcs = tarshards.pack_records(table, records, first_row)
+    else:
+        crcs = _pack_zarr_records(table, records)
+    shard[table.size :] = end
+    return _digest(crcs)
+
+
+def check_shard(
+    shard: Buffer,
+    num_rows: int,
+    layout: RecordLayout,
+    where: str,
+    first_row: int = 0,
+    advice: str = REPAIR,
+) -> tuple[npt.NDArray[np.uint8], str]:
+    """Checks every byte of a shard: (its records, its digest).
+
+    Returns uint8 [num_rows, record_bytes], a view of `shard`, row i being record i. Raises
+    DamagedError naming `where`, the damaged rows (counted from `first_row`) and `advice` for a
+    wrong length, checksum or index.
     """
     expected = layout.shard_bytes(num_rows)
     if len(shard) != expected:
         raise DamagedError(
             f"{where} is truncated or foreign: got {len(shard)} bytes, expected {expected}; "
-            "remove it and run the encoding command again"
+            f"{advice}"
         )
-    body = num_rows * layout.stride
-    table = np.frombuffer(shard, np.uint8, body).reshape(num_rows, layout.stride)
-    stored = np.ascontiguousarray(table[:, layout.record_bytes :]).view("<u4")[:, 0]
-    for row in range(num_rows):
-        if _crc(table[row, : layout.record_bytes]) != int(stored[row]):
-            raise DamagedError(
-                f"{where}: record {row} fails its crc32c checksum; "
-                "remove the file and run the encoding command again"
-            )
-    index = bytes(memoryview(shard)[body : expected - _CRC_BYTES])
-    tail = int.from_bytes(memoryview(shard)[expected - _CRC_BYTES :], "little")
-    if index != _index_bytes(num_rows, layout) or google_crc32c.value(index) != tail:
-        raise DamagedError(
-            f"{where}: the shard index is damaged; remove the file and run the "
-            "encoding command again"
-        )
-    return table[:, : layout.record_bytes]
+    table, end = _split(shard, num_rows, layout)
+    if layout.container == "webdataset":
+        crcs, damaged = tarshards.check_records(table, layout.shape, layout.dtype, first_row)
+    else:
+        crcs, damaged = _check_zarr_records(table)
+    if damaged:
+        rows = _name_rows([first_row + i for i in damaged])
+        raise DamagedError(f"{where}: {rows} crc32c checksum; {advice}")
+    if memoryview(shard)[table.size :] != end:
+        what = "shard index" if layout.container == "zarr" else "end of the tar"
+        raise DamagedError(f"{where}: the {what} is damaged; {advice}")
+    start = layout.record_offset
+    return table[:, start : start + layout.record_bytes], _digest(crcs)
+
+
+def read_records(
+    shard: Buffer, num_rows: int, layout: RecordLayout, where: str, first_row: int = 0
+) -> npt.NDArray[np.uint8]:
+    """The records of a shard, checked: uint8 [num_rows, record_bytes]; see `check_shard`."""
+    return check_shard(shard, num_rows, layout, where, first_row)[0]
 
 
 def as_rows(records: npt.NDArray[np.uint8], layout: RecordLayout) -> npt.NDArray[np.generic]:
@@ -108,13 +156,54 @@ def as_rows(records: npt.NDArray[np.uint8], layout: RecordLayout) -> npt.NDArray
     return flat.reshape(len(records), *layout.shape)
 
 
-def _index_bytes(num_rows: int, layout: RecordLayout) -> bytes:
-    index = np.full((layout.shard_rows, 2), _ABSENT, "<u8")
-    index[:num_rows, 0] = np.arange(num_rows, dtype=np.uint64) * np.uint64(layout.stride)
-    index[:num_rows, 1] = layout.stride
-    return index.tobytes()
+def _split(
+    shard: Buffer, num_rows: int, layout: RecordLayout
+) -> tuple[npt.NDArray[np.uint8], bytes]:
+    """The records' part of a shard as uint8 [num_rows, stride], and what must stand behind it."""
+    body = num_rows * layout.stride
+    table = np.frombuffer(shard, np.uint8, body).reshape(num_rows, layout.stride)
+    end = _zarr_index(num_rows, layout) if layout.container == "zarr" else tarshards.END
+    return table, end
 
 
-def _crc(record: npt.NDArray[np.uint8]) -> int:
-    # The library takes bytes alone; the copy costs a tenth of the checksum.
-    return int(google_crc32c.value(record.tobytes()))
+def _pack_zarr_records(
+    table: npt.NDArray[np.uint8], records: npt.NDArray[np.generic]
+) -> npt.NDArray[np.uint32]:
+    crcs = np.empty(len(records), "<u4")
+    for i, place in enumerate(table):
+        # One copy serves any memory order and the library, which takes bytes alone, while the
+        # record is still in the processor's cache.
+        record = records[i].tobytes()
+        crcs[i] = google_crc32c.value(record)
+        place[:-_CRC_BYTES] = np.frombuffer(record, np.uint8)
+    table[:, -_CRC_BYTES:] = crcs.view(np.uint8).reshape(-1, _CRC_BYTES)
+    return crcs
+
+
+def _check_zarr_records(
+    table: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.uint32], list[int]]:
+    stored = np.ascontiguousarray(table[:, -_CRC_BYTES:]).view("<u4")[:, 0]
+    values = [google_crc32c.value(place[:-_CRC_BYTES].tobytes()) for place in table]
+    crcs = np.array(values, "<u4")
+    return crcs, np.flatnonzero(crcs != stored).tolist()
+
+
+def _zarr_index(num_rows: int, layout: RecordLayout) -> bytes:
+    entries = np.full((layout.shard_rows, 2), _ABSENT, "<u8")
+    entries[:num_rows, 0] = np.arange(num_rows, dtype=np.uint64) * np.uint64(layout.stride)
+    entries[:num_rows, 1] = layout.stride
+    index = entries.tobytes()
+    return index + int(google_crc32c.value(index)).to_bytes(_CRC_BYTES, "little")
+
+
+def _digest(crcs: npt.NDArray[np.uint32]) -> str:
+    return DIGEST + hashlib.sha256(crcs.astype("<u4").tobytes()).hexdigest()
+
+
+def _name_rows(rows: Sequence[int]) -> str:
+    if len(rows) == 1:
+        return f"row {rows[0]} fails its"
+    more = len(rows) - _MOST_ROWS_NAMED
+    named = ", ".join(str(row) for row in rows[:_MOST_ROWS_NAMED])
+    return f"rows {named}{f' and {more} more' if more > 0 else ''} fail their"

@@ -8,21 +8,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from repa_pipeline.data.files import Descriptors, Files, changed, open_filesystem
+from repa_pipeline.data.coalesce import Extent, coalesce, read_extents
+from repa_pipeline.data.files import Descriptors, Files, changed
 from repa_pipeline.data.items import Item, finish_items
-from repa_pipeline.data.patterns import (
-    common_parent,
-    expand_braces,
-    has_glob,
-    is_gzipped,
-    is_tar_name,
-    split_list,
-)
-from repa_pipeline.data.scratch import Scratch
+from repa_pipeline.data.patterns import is_gzipped
+from repa_pipeline.data.remote import in_parallel
+from repa_pipeline.data.scratch import UNPACK_THREADS, Scratch
 from repa_pipeline.data.tarscan import is_header_of, scan_tar
-from repa_pipeline.errors import ConfigError, DataError, MissingError
+from repa_pipeline.errors import MissingError
 
 _HEADER_BYTES = 512
 
@@ -37,6 +32,7 @@ class TarSource:
         self, url: str, files: Files, names: Sequence[str], scratch_dir: str, scratch_limit: int
     ):
         self.url = url
+        self.is_remote = not files.is_local
         self._files = files
         self._names = sorted(names)
         self._scratch = Scratch(scratch_dir, scratch_limit, on_evict=self._forget)
@@ -52,7 +48,9 @@ class TarSource:
         """
         with self._lock:
             if self._items is None:
-                found = [item for name in self._names for item in self._scan(name)]
+                threads = {"threads": UNPACK_THREADS} if any(map(is_gzipped, self._names)) else {}
+                scanned = in_parallel(self._scan, self._names, **threads)
+                found = [item for items in scanned for item in items]
                 if not found:
                     raise MissingError(f"no samples in the {len(self._names)} tars of {self.url}")
                 self._items = finish_items(found)
@@ -64,19 +62,31 @@ class TarSource:
         Raises DamagedError when the tar is gone, short or another one; StageError when it cannot
         be unpacked.
         """
-        start, length = item.offset - _HEADER_BYTES, item.num_bytes + _HEADER_BYTES
-        zipped = is_gzipped(item.path)
-        if start < 0:
-            raise changed(f"no tar member has its data at byte {item.offset} of {item.path}")
-        if zipped or self._files.is_local:
-            data = self._descriptors.read_range(
-                item.path, lambda: self._open_fd(item.path), start, length, touch=zipped
-            )
+        extent = _extent(item)
+        length = extent.stop - extent.start
+        if self._is_ranged(item):
+            data = self._files.read_range(item.path, extent.start, length)
         else:
-            data = self._files.read_range(item.path, start, length)
-        if not is_header_of(data[:_HEADER_BYTES], item.num_bytes):
-            raise changed(f"{item.path} has no member of {item.num_bytes} bytes at {item.offset}")
-        return data[_HEADER_BYTES:]
+            touch = is_gzipped(item.path)
+            data = self._descriptors.read_range(
+                item.path, lambda: self._open_fd(item.path), extent.start, length, touch=touch
+            )
+        return _payload(data, item)
+
+    def groups(self, items: Sequence[Item]) -> list[list[int]]:
+        return coalesce([_extent(item) if self._is_ranged(item) else None for item in items])
+
+    def read_group(self, items: Sequence[Item]) -> list[bytes]:
+        """As `read`, by one request where the items are of one remote tar."""
+        extents = [_extent(item) for item in items]
+        if len({e.path for e in extents}) != 1 or not all(map(self._is_ranged, items)):
+            return [self.read(item) for item in items]
+        path = extents[0].path
+        pieces = read_extents(lambda start, n: self._files.read_range(path, start, n), extents)
+        return [_payload(piece, item) for piece, item in zip(pieces, items, strict=True)]
+
+    def _is_ranged(self, item: Item) -> bool:
+        return self.is_remote and not is_gzipped(item.path)
 
     def _scan(self, name: str) -> list[Item]:
         with self._open_plain(name) as file:
@@ -103,37 +113,14 @@ class TarSource:
         self._descriptors.forget(self._name_of_key.get(key, ""))
 
 
-def find_tars(url: str) -> tuple[Files, list[str]]:
-    """The tars that a single name, a brace or glob pattern, or a '::' list of these stands for.
-
-    Returns their file system, rooted at the deepest directory in front of all wildcards, and
-    their names below it. Raises MissingError when a name or pattern matches nothing, DataError
-    when a tar is named twice, ConfigError when the parts are on different file systems.
-    """
-    opened = [open_filesystem(part) for part in _parts(url)]
-    filesystem = opened[0][0]
-    if any(type(other) is not type(filesystem) for other, _ in opened):
-        raise ConfigError(f"the tars of '{url}' are on different file systems: use one at a time")
-    patterns = [path for _, path in opened]
-    files = Files(filesystem, common_parent(patterns))
-    paths = [path for pattern in patterns for path in _match(filesystem, pattern)]
-    seen: set[str] = set()
-    for path in paths:
-        if path in seen:
-            raise DataError(f"tar {path} is named twice by '{url}': name it once")
-        seen.add(path)
-    return files, [files.name(path) for path in paths]
+def _extent(item: Item) -> Extent:
+    """The member with its header."""
+    if item.offset < _HEADER_BYTES:
+        raise changed(f"no tar member has its data at byte {item.offset} of {item.path}")
+    return Extent(item.path, item.offset - _HEADER_BYTES, item.offset + item.num_bytes)
 
 
-def _parts(url: str) -> list[str]:
-    return [name for part in split_list(url) for name in expand_braces(part)]
-
-
-def _match(filesystem: Any, pattern: str) -> list[str]:
-    if filesystem.isfile(pattern):
-        return [pattern]
-    found = sorted(filesystem.glob(pattern)) if has_glob(pattern) else []
-    found = [path for path in found if is_tar_name(path) and filesystem.isfile(path)]
-    if not found:
-        raise MissingError(f"no tar at '{pattern}': check the path or pattern, or copy the data")
-    return found
+def _payload(data: bytes, item: Item) -> bytes:
+    if not is_header_of(data[:_HEADER_BYTES], item.num_bytes):
+        raise changed(f"{item.path} has no member of {item.num_bytes} bytes at {item.offset}")
+    return data[_HEADER_BYTES:]

@@ -14,6 +14,7 @@ from repa_pipeline.errors import DataError
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _BLOCK_BYTES = 512
 _MAX_LABEL_BYTES = 2**20
+_MAX_IMAGE_BYTES = 2 * 2**30
 
 
 @dataclasses.dataclass
@@ -75,6 +76,10 @@ def _add_member(
             )
         if member.issparse():
             raise DataError(f"{member.name} in {path} is stored sparse: pack the tar without -S")
+        if member.size > _MAX_IMAGE_BYTES:
+            raise DataError(
+                f"{member.name} in {path} has {member.size} bytes: expected at most 2 GiB"
+            )
         sample.image = member
     elif extension in ("cls", "json"):
         _add_label(sample, _label(file, member, extension, path), member.name, path)

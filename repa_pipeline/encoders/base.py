@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from repa_pipeline.encoders import ENCODERS, EncoderSpec
+from repa_pipeline.encoders import ENCODERS, PATCH, PATCH_CLS, EncoderSpec
+from repa_pipeline.encoders.precision import FLOAT32, autocast, check_dtype, compiled
 from repa_pipeline.encoders.preprocess import preprocess
 from repa_pipeline.errors import MismatchError
 from repa_pipeline.tables import resolve
@@ -15,7 +16,10 @@ from repa_pipeline.weights import file_sha256, resolve_weights
 
 
 class Encoder:
-    """A teacher at one resolution, in eval mode, float32, without gradients."""
+    """A teacher at one resolution, in eval mode, without gradients.
+
+    Its tokens are float32 whatever it computes in; byte equality is promised for float32 alone.
+    """
 
     def __init__(
         self,
@@ -25,21 +29,29 @@ class Encoder:
         resolution: int,
         weights_sha256: str,
         device: str | torch.device = "cpu",
+        tokens: str = PATCH,
+        dtype: str = FLOAT32,
+        compile: bool = False,
     ):
+        spec.check_tokens(tokens)
         self.spec = spec
         self.resolution = resolution
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)
-        self._network = network.to(self.device).eval().requires_grad_(False)
-        self._shape = (spec.num_tokens(resolution), spec.width)
+        self.dtype = check_dtype(dtype)
+        module = network.to(self.device).eval().requires_grad_(False)
+        self._network = compiled(module, compile)
+        self._shape = (spec.num_tokens(resolution) + spec.class_token, spec.width)
+        self._first = int(spec.class_token and tokens != PATCH_CLS)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """Patch tokens of a batch, row by row over the token grid; deterministic, no gradient.
+        """Tokens of a batch, row by row over the token grid; deterministic, no gradient.
 
-        images uint8 [B, 3, R, R], any device -> float32 [B, T, D] on this encoder's device. Raises
-        MismatchError when R is not the resolution it was loaded for, or when the network's tokens
-        are not what its table entry says.
+        images uint8 [B, 3, R, R], any device -> float32 on this encoder's device: [B, T, D], or
+        [B, 1 + T, D] with the class token first where it was loaded with tokens "patch+cls".
+        Raises MismatchError when R is not the resolution it was loaded for, or when the network's
+        tokens are not what its table entry says.
         """
         side = self.resolution
         if images.shape[2:] != (side, side):
@@ -48,13 +60,14 @@ class Encoder:
                 f"[B, 3, {side}, {side}]; load it for the images' resolution"
             )
         pixels = preprocess(images.to(self.device), self.spec.rule)
-        tokens: Tensor = self._network(pixels).float()
-        if tokens.shape[1:] != self._shape:
+        with autocast(self.device, self.dtype):
+            made: Tensor = self._network(pixels)
+        if made.shape[1:] != self._shape:
             raise MismatchError(
-                f"encoder '{self.spec.name}' made tokens {list(tokens.shape[1:])}, its table entry "
-                f"says {list(self._shape)}: correct width and patch_size of the entry"
+                f"encoder '{self.spec.name}' made tokens {list(made.shape[1:])}, its table entry "
+                f"says {list(self._shape)}: correct width, patch_size and class_token of the entry"
             )
-        return tokens
+        return made[:, self._first :].float()
 
 
 def find_encoder_weights(name_or_spec: str | EncoderSpec, weights: str | None = None) -> Path:
@@ -69,16 +82,30 @@ def load_encoder(
     resolution: int,
     weights: str | None = None,
     device: str | torch.device = "cpu",
+    tokens: str = PATCH,
+    dtype: str = FLOAT32,
+    compile: bool = False,
 ) -> Encoder:
     """Loads a teacher for images of `resolution` pixels.
 
-    `weights` is a local file and comes before the entry's own. Raises UnknownNameError,
-    ConfigError (resolution), MissingError (no weights to be had), DamagedError or MismatchError
-    (the file).
+    `weights` is a local file and comes before the entry's own. `tokens` "patch+cls" keeps the
+    class token before the patches. `dtype` "bf16" runs the network under bf16 autocast; `compile`
+    compiles it at the first batch. Raises UnknownNameError, ConfigError (resolution, tokens,
+    dtype), MissingError (no weights to be had), DamagedError or MismatchError (the file).
     """
     spec = ENCODERS[name_or_spec] if isinstance(name_or_spec, str) else name_or_spec
     spec.input_size(resolution)
+    spec.check_tokens(tokens)
+    check_dtype(dtype)
     path = find_encoder_weights(spec, weights)
     network: nn.Module = resolve(spec.loader)(spec, resolution, path)
-    digest = file_sha256(path)
-    return Encoder(spec, network, resolution=resolution, weights_sha256=digest, device=device)
+    return Encoder(
+        spec,
+        network,
+        resolution=resolution,
+        weights_sha256=file_sha256(path),
+        device=device,
+        tokens=tokens,
+        dtype=dtype,
+        compile=compile,
+    )

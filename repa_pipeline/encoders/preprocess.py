@@ -47,7 +47,7 @@ def resample_pos_embed(pos: Tensor, grid: tuple[int, int], num_prefix_tokens: in
     if math.isqrt(max(num_patches, 0)) ** 2 != num_patches or num_patches <= 0:
         raise MismatchError(
             f"position embedding has {pos.shape[1]} rows: expected {num_prefix_tokens} prefix "
-            "tokens and a square number of patches; give weights without register tokens"
+            "tokens and a square number of patches; give weights made for this encoder"
         )
     resampled: Tensor = resample_abs_pos_embed(
         pos, new_size=list(grid), num_prefix_tokens=num_prefix_tokens

@@ -13,6 +13,7 @@ IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+HALF: Triple = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ PREPROCESS: Mapping[str, Preprocess] = {
     "mocov3": Preprocess(),
     "jepa": Preprocess(size_at_256=224),
     "dinov1": Preprocess(),
+    "dinov3": Preprocess(),
+    "siglip": Preprocess(mean=HALF, std=HALF),
     "digits": Preprocess(),
-    "mobilenet": Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    "mobilenet": Preprocess(mean=HALF, std=HALF),
 }

@@ -13,11 +13,16 @@ from repa_pipeline.tables import Table
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """`loader` is "module:Class"; `uses_features` says whether it reads teacher tokens."""
+    """`loader` is "module:Class"; `uses_features` says whether it reads teacher tokens.
+
+    `needs` says what of a token its objective needs: "direction" is all that a cosine needs; with
+    "magnitude" the scales of a lossy codec are read too.
+    """
 
     name: str
     loader: str
     uses_features: bool
+    needs: frozenset[str] = frozenset({"direction"})
 
 
 METHODS: Table[MethodSpec] = Table(

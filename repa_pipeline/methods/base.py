@@ -19,12 +19,17 @@ from repa_pipeline.models import ModelSpec
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """A teacher as its sealed array describes it: grid is (rows, columns) of tokens."""
+    """A teacher as its sealed array describes it.
+
+    grid is (rows, columns) of patch tokens; preserves what of a token is kept in what was opened;
+    class_token whether the class token is stored too.
+    """
 
     name: str
     width: int
     grid: tuple[int, int]
     preserves: frozenset[str]
+    class_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,15 @@ class Batch:
     """One micro-batch on the device.
 
     latents: float32 [B, C, h, w], a fresh posterior sample, scaled. features: for each teacher
-    float32 [B, T, D], decoded. cond: int64 [B], the class, the null label where it was dropped.
+    its patch tokens float32 [B, T, D], decoded; without "magnitude" in the method's needs their
+    length means nothing. cond: int64 [B], the class, the null label where it was dropped.
+    class_tokens: for each teacher float32 [B, D], None where the cache does not keep it.
     """
 
     latents: Tensor
     features: tuple[Tensor, ...]
     cond: Tensor
+    class_tokens: tuple[Tensor | None, ...] = ()
 
 
 class Method(Protocol):

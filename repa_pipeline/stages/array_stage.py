@@ -1,21 +1,28 @@
-"""What every stage that writes one sealed array shares: plan, begin, seal, what stands."""
+"""A sealed array as an output of a stage: plan, begin, seal, what stands."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from repa_pipeline.data.array import ArraySpec, begin_array, seal_array
-from repa_pipeline.data.objects import ObjectStore
+from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.engine.contracts import Commit, Plan, split_rows
 
 
-class ArrayStage:
-    """The half of a Stage that does not depend on what is computed; subclasses add `open`."""
+@dataclasses.dataclass(frozen=True)
+class ArrayOutput:
+    """The array `spec` below a store's URL."""
 
+    url: str
     spec: ArraySpec
 
     @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
     def store(self) -> ObjectStore:
-        """Where the array goes."""
-        raise NotImplementedError
+        return open_store(self.url)
 
     def plan(self) -> Plan:
         return Plan(
@@ -30,14 +37,21 @@ class ArrayStage:
         begin_array(self.store, self.spec)
 
     def seal(self, commits: list[Commit]) -> None:
-        shards = [
-            {"index": c.index, "rows": c.rows, "num_bytes": c.num_bytes, "sha256": c.sha256}
-            for c in commits
-        ]
-        seal_array(self.store, self.spec, shards)
+        seal_array(self.store, self.spec, [seal_entry(commit) for commit in commits])
 
     def is_sealed(self) -> bool:
         return self.store.size(f"{self.spec.name}/seal.json") is not None
 
     def stands(self, commit: Commit) -> bool:
         return self.store.size(self.spec.shard_key(commit.index)) == commit.num_bytes
+
+
+def seal_entry(commit: Commit) -> dict[str, object]:
+    """What a seal says of a shard."""
+    entry: dict[str, object] = {
+        "index": commit.index,
+        "rows": commit.rows,
+        "num_bytes": commit.num_bytes,
+        "digest": commit.digest,
+    }
+    return {**entry, "counts": dict(commit.counts)} if commit.counts else entry

@@ -1,30 +1,42 @@
-"""`repa cache-features`: images -> patch tokens of frozen teachers, row-aligned with latents."""
+"""`repa cache-features`: images -> patch tokens of frozen teachers, row-aligned with latents.
+
+A lossy codec also keeps one float16 scale a token, in an array of its own (`.scale`), so that a
+run whose objective needs the direction alone does not read it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from repa_pipeline.config import FeaturesConfig
+from repa_pipeline.data.array import ArraySpec, read_spec
 from repa_pipeline.data.codec import CODECS
 from repa_pipeline.data.index import Index
+from repa_pipeline.data.names import MIRRORED, SCALE
 from repa_pipeline.encoders import EncoderSpec
-from repa_pipeline.errors import ConfigError
+from repa_pipeline.errors import ConfigError, MissingError
 from repa_pipeline.registry import encoder_spec
 from repa_pipeline.stages.images import (
     Encode,
+    Encoded,
     Images,
-    ImageStage,
-    Records,
+    Product,
     array_spec,
     common_manifest,
+    views,
 )
+from repa_pipeline.stages.index import cache_store
 from repa_pipeline.weights import file_sha256
+
+DEFAULT_CODEC = "int8"
 
 
 @dataclasses.dataclass(frozen=True)
-class FeaturesStage(ImageStage):
-    """Writes features.<encoder>.<resolution>: coded tokens [N, T, D]."""
+class Features(Product):
+    """features.<encoder>.<resolution>: coded tokens [N, T, D], and their scales [N, T]."""
 
+    config: FeaturesConfig
     encoder: EncoderSpec
     codec: str
 
@@ -33,12 +45,23 @@ class FeaturesStage(ImageStage):
 
         from repa_pipeline.encoders.base import load_encoder
 
-        resolution, weights = self.config.resolution, self.config.weights
-        encoder = load_encoder(self.encoder, resolution=resolution, weights=weights, device=device)
+        config, codec = self.config, CODECS[self.codec]
+        encoder = load_encoder(
+            self.encoder,
+            resolution=config.resolution,
+            weights=config.weights,
+            device=device,
+            tokens=config.tokens,
+            dtype=config.dtype,
+            compile=config.compile,
+        )
 
-        def encode(images: Images) -> Records:
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-            return CODECS[self.codec].encode(encoder.tokens(pixels).cpu().numpy())
+        def encode(images: Images, num_rows: int) -> Encoded:
+            pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+            coded = codec.encode(encoder.tokens(pixels)[:num_rows])
+            zeros = {"zero_tokens": coded.num_zero_tokens} if coded.num_zero_tokens else {}
+            scale = {} if coded.scale is None else {SCALE: coded.scale}
+            return Encoded({"": coded.records, **scale}, zeros)
 
         return encode
 
@@ -63,20 +86,23 @@ def _check(config: FeaturesConfig, name: str) -> tuple[EncoderSpec, str]:
     from repa_pipeline.encoders.base import find_encoder_weights
 
     spec = encoder_spec(config, name)
-    spec.grid(config.resolution)
+    spec.stored_tokens(config.resolution, config.tokens)
+    if config.codec != "auto":
+        CODECS[config.codec].check(spec.width)
     return spec, file_sha256(find_encoder_weights(spec, config.weights))
 
 
-def features_stages(config: FeaturesConfig, index: Index) -> list[FeaturesStage]:
-    """One stage a teacher over the rows of `index`; raises as `check_features`."""
-    return [_stage(config, index, *checked) for checked in check_features(config).values()]
+def features_products(config: FeaturesConfig, index: Index) -> list[Features]:
+    """One product a teacher over the rows of `index`; raises as `check_features`."""
+    return [_product(config, index, *checked) for checked in check_features(config).values()]
 
 
-def _stage(
+def _product(
     config: FeaturesConfig, index: Index, spec: EncoderSpec, weights_sha256: str
-) -> FeaturesStage:
-    codec = CODECS[config.codec]
-    tokens = spec.num_tokens(config.resolution)
+) -> Features:
+    name = f"features.{spec.name}.{config.resolution}"
+    codec = CODECS[_codec_name(config, name)]
+    num_tokens = spec.stored_tokens(config.resolution, config.tokens)
     manifest = {
         "kind": "features",
         "encoder": spec.name,
@@ -87,10 +113,30 @@ def _stage(
         "preprocess": dataclasses.asdict(spec.rule),
         "model": dict(spec.config),
         "codec": codec.manifest(spec.width),
+        **({"class_token": True} if config.tokens == "patch+cls" else {}),
         **common_manifest(config, index),
     }
-    shape = codec.record_shape(tokens, spec.width)
-    array = array_spec(
-        f"features.{spec.name}.{config.resolution}", index, shape, codec.dtype, manifest
-    )
-    return FeaturesStage(config, array, spec, config.codec)
+    specs: dict[tuple[bool, str], ArraySpec] = {}
+    for mirrored in views(config):
+        view = {"view": "mirrored"} if mirrored else {}
+        main = name + MIRRORED * mirrored
+        about: dict[str, Any] = {**manifest, **view}
+        shape = codec.record_shape(num_tokens, spec.width)
+        specs[mirrored, ""] = array_spec(main, index, shape, codec.dtype, about, config.format)
+        if codec.has_scale:
+            about = {**about, "kind": "scale", "of": main}
+            specs[mirrored, SCALE] = array_spec(
+                main + SCALE, index, (num_tokens,), "float16", about, config.format
+            )
+    return Features(config, name, specs, spec, codec.name)
+
+
+def _codec_name(config: FeaturesConfig, name: str) -> str:
+    """The codec asked for; for "auto" that of the array that stands there, else the default."""
+    if config.codec != "auto":
+        return config.codec
+    try:
+        standing = read_spec(cache_store(config), name)
+    except MissingError:
+        return DEFAULT_CODEC
+    return str(standing.manifest["codec"]["name"])

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,32 @@ from repa_pipeline.data.index import (
 )
 from repa_pipeline.data.objects import ObjectStore, json_bytes, open_store
 from repa_pipeline.data.source import Item, Source, num_classes, open_source
-from repa_pipeline.engine.contracts import Commit, Plan, Work, split_rows
+from repa_pipeline.data.tables import TableRows, table_bytes
+from repa_pipeline.engine.contracts import (
+    Commit,
+    Commits,
+    Executor,
+    Plan,
+    Shard,
+    SimpleWork,
+    Wanted,
+    Work,
+    split_rows,
+)
 from repa_pipeline.engine.ledger import Ledger
-from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.engine.run import Progress, run_stage
 from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
 
 _PART_ITEMS = 512
 _PARTS = "index.parts"
+_LISTING = f"{_PARTS}/listing.parquet"
+_LISTING_TYPES = {
+    "key": "string",
+    "label": "int32",
+    "path": "string",
+    "offset": "int64",
+    "num_bytes": "int64",
+}
 
 
 def cache_store(config: IndexConfig) -> ObjectStore:
@@ -53,7 +70,9 @@ def open_config_source(config: IndexConfig) -> Source:
     )
 
 
-def ensure_index(config: IndexConfig, progress: Progress, relist: bool = False) -> Index:
+def ensure_index(
+    config: IndexConfig, executor: Executor, progress: Progress, relist: bool = False
+) -> Index:
     """The finished index of the workspace, made now if need be.
 
     A finished one is compared with the source's listing when the source has another name, or with
@@ -65,8 +84,7 @@ def ensure_index(config: IndexConfig, progress: Progress, relist: bool = False) 
     if store.size("manifest.json") is None:
         stage = IndexStage(config)
         ledger = Ledger(store, _PARTS, stage.plan().fingerprint)
-        executor = LocalExecutor(config.retries)
-        run_stage(stage, executor, ledger, progress)
+        run_stage(stage, executor, {stage.name: ledger}, progress)
     else:
         _check_same_index(config, store, relist)
     for name in store.list(_PARTS):  # the index holds all that they said
@@ -87,7 +105,7 @@ def planned_index(config: IndexConfig) -> tuple[Index, int]:
         "shard_rows": config.shard_rows or default_shard_rows(plan.num_rows),
         "decode": _decode_settings(config),
     }
-    return Index((), manifest), plan.num_bytes
+    return Index(manifest), plan.num_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,25 +128,30 @@ class IndexStage:
             num_bytes=sum(item.num_bytes for item in items if item.num_bytes > 0),
         )
 
+    @property
+    def outputs(self) -> tuple[IndexStage, ...]:
+        return (self,)
+
     def begin(self) -> None:
-        return
+        """Writes the listing, so that workers need not list the source again."""
+        if not self.is_sealed():
+            items = _items(self.config)
+            columns = {name: [getattr(item, name) for item in items] for name in _LISTING_TYPES}
+            cache_store(self.config).put(_LISTING, table_bytes(columns, _LISTING_TYPES))
 
-    def open(self) -> Work:
-        source, items, store = (
-            open_config_source(self.config),
-            _items(self.config),
-            cache_store(self.config),
-        )
-        examine = functools.partial(_examine, source, self.config)
+    def open(self, wanted: Wanted) -> Work:
+        source, store = open_config_source(self.config), cache_store(self.config)
+        listing = TableRows(store, _LISTING)
 
-        def work(shard: Any) -> Commit:
-            with ThreadPoolExecutor(self.config.decode_threads) as pool:
-                entries = list(pool.map(examine, items[shard.start : shard.stop]))
+        def work(shard: Shard) -> Commits:
+            rows = listing.rows(shard.start, shard.stop, tuple(_LISTING_TYPES))
+            entries = _examine(source, self.config, [Item(**row) for row in rows])
             data = json_bytes([dataclasses.asdict(entry) for entry in entries])
             store.put(f"{_PARTS}/{shard.index:06d}.part", data)
-            return Commit(shard.index, len(entries), len(data), hashlib.sha256(data).hexdigest())
+            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            return (Commit(shard.index, len(entries), len(data), digest, output=self.name),)
 
-        return work
+        return SimpleWork(work)
 
     def seal(self, commits: list[Commit]) -> None:
         store = cache_store(self.config)
@@ -183,7 +206,7 @@ def _items(config: IndexConfig) -> tuple[Item, ...]:
 def _read_entries(store: ObjectStore, commit: Commit) -> list[Entry]:
     key = f"{_PARTS}/{commit.index:06d}.part"
     data = store.get(key)
-    if hashlib.sha256(data).hexdigest() != commit.sha256:
+    if f"sha256:{hashlib.sha256(data).hexdigest()}" != commit.digest:
         raise DamagedError(
             f"{store.url}/{key} is damaged, its sha256 is not the recorded one: remove it and run "
             "`repa index` again"
@@ -195,10 +218,21 @@ def _decode_settings(config: IndexConfig) -> dict[str, Any]:
     return {"exif": config.exif, "max_pixels": config.max_pixels}
 
 
-def _examine(source: Source, config: IndexConfig, item: Item) -> Entry:
+def _examine(source: Source, config: IndexConfig, items: list[Item]) -> list[Entry]:
+    from repa_pipeline.stages.images import read_images
+
+    found: dict[int, Entry] = {}
+
+    def look(i: int, data: bytes) -> None:
+        found[i] = _entry(items[i], data, config)
+
+    read_images(source, items, look, config.decode_threads)
+    return [found[i] for i in range(len(items))]
+
+
+def _entry(item: Item, data: bytes, config: IndexConfig) -> Entry:
     from repa_pipeline.data.image import decode_image
 
-    data = source.read(item)
     common: dict[str, Any] = {
         "key": item.key,
         "label": item.label or 0,

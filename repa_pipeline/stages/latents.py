@@ -9,24 +9,27 @@ import dataclasses
 
 from repa_pipeline.autoencoders import AutoencoderSpec
 from repa_pipeline.config import LatentsConfig
-from repa_pipeline.data.codec import CODECS
+from repa_pipeline.data.codec import CODECS, encode_float
 from repa_pipeline.data.index import Index
+from repa_pipeline.data.names import MIRRORED
 from repa_pipeline.registry import autoencoder_spec
 from repa_pipeline.stages.images import (
     Encode,
+    Encoded,
     Images,
-    ImageStage,
-    Records,
+    Product,
     array_spec,
     common_manifest,
+    views,
 )
 from repa_pipeline.weights import file_sha256
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentsStage(ImageStage):
-    """Writes latents.<autoencoder>.<resolution>: float16 [N, 2C or C, h, w]."""
+class Latents(Product):
+    """latents.<autoencoder>.<resolution>: float16 or float32 [N, 2C or C, h, w]."""
 
+    config: LatentsConfig
     autoencoder: AutoencoderSpec
 
     def load(self, device: str) -> Encode:
@@ -34,11 +37,19 @@ class LatentsStage(ImageStage):
 
         from repa_pipeline.autoencoders.base import load_autoencoder
 
-        autoencoder = load_autoencoder(self.autoencoder, weights=self.config.weights, device=device)
+        config = self.config
+        autoencoder = load_autoencoder(
+            self.autoencoder,
+            weights=config.weights,
+            device=device,
+            dtype=config.dtype,
+            compile=config.compile,
+        )
 
-        def encode(images: Images) -> Records:
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-            return CODECS["fp16"].encode(autoencoder.encode(pixels).cpu().numpy())
+        def encode(images: Images, num_rows: int) -> Encoded:
+            pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+            moments = autoencoder.encode(pixels)[:num_rows].cpu().numpy()
+            return Encoded({"": encode_float(moments, config.moments_dtype)})
 
         return encode
 
@@ -55,10 +66,13 @@ def check_latents(config: LatentsConfig) -> tuple[AutoencoderSpec, str]:
     return spec, file_sha256(find_autoencoder_weights(spec, config.weights))
 
 
-def latents_stage(config: LatentsConfig, index: Index) -> LatentsStage:
-    """The stage of `config` over the rows of `index`; raises as `check_latents`."""
+def latents_product(config: LatentsConfig, index: Index) -> Latents:
+    """The product of `config` over the rows of `index`; raises as `check_latents`."""
     spec, weights_sha256 = check_latents(config)
     _, height, width = spec.latent_shape(config.resolution)
+    codec = {"name": "fp16", "version": CODECS["fp16"].version}
+    if config.moments_dtype == "float32":
+        codec = {"name": "fp32", "version": 1}
     manifest = {
         "kind": "latents",
         "autoencoder": spec.name,
@@ -68,9 +82,20 @@ def latents_stage(config: LatentsConfig, index: Index) -> LatentsStage:
         "downsample": spec.downsample,
         "scale": list(spec.scale),
         "shift": list(spec.shift),
-        "codec": {"name": "fp16", "version": CODECS["fp16"].version},
+        "codec": codec,
         **common_manifest(config, index),
     }
     name = f"latents.{spec.name}.{config.resolution}"
     shape = (spec.stored_channels, height, width)
-    return LatentsStage(config, array_spec(name, index, shape, "float16", manifest), spec)
+    specs = {
+        (mirrored, ""): array_spec(
+            name + MIRRORED * mirrored,
+            index,
+            shape,
+            config.moments_dtype,
+            {**manifest, "view": "mirrored"} if mirrored else manifest,
+            config.format,
+        )
+        for mirrored in views(config)
+    }
+    return Latents(config, name, specs, spec)

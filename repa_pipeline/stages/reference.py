@@ -171,7 +171,11 @@ def _from_source(
     images = EncodeConfig(**shared, **index.manifest["decode"], resolution=resolution)
     source = open_config_source(images)
     starts = range(0, index.num_rows, _BLOCK_ROWS)
-    blocks = (load_images(source, index.entries[i : i + _BLOCK_ROWS], images)[0] for i in starts)
+    stops = (min(start + _BLOCK_ROWS, index.num_rows) for start in starts)
+    blocks = (
+        load_images(source, index.rows(start, stop), images)[0]
+        for start, stop in zip(starts, stops, strict=True)
+    )
     found = extract_features(
         network,
         blocks,

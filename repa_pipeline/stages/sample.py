@@ -27,10 +27,10 @@ from repa_pipeline.data.array import (
 from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.data.shards import RecordLayout, as_rows
 from repa_pipeline.device import choose_device, prepare_compute
-from repa_pipeline.engine.contracts import Commit, Shard, Work
+from repa_pipeline.engine.contracts import Commit, Commits, Shard, Wanted, Work
 from repa_pipeline.errors import ConfigError, DataError, MismatchError
 from repa_pipeline.registry import autoencoder_spec, load_plugins
-from repa_pipeline.stages.array_stage import ArrayStage
+from repa_pipeline.stages.array_stage import ArrayOutput
 from repa_pipeline.training.draws import seed_of
 from repa_pipeline.training.runs import find_run
 
@@ -45,7 +45,7 @@ Images = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleStage(ArrayStage):
+class SampleStage:
     """Writes images: uint8 [num_images, R, R, 3], image k in row k."""
 
     config: SampleConfig
@@ -58,17 +58,30 @@ class SampleStage(ArrayStage):
     def store(self) -> ObjectStore:
         return open_store(self.output)
 
-    def open(self) -> Work:
+    @property
+    def outputs(self) -> tuple[ArrayOutput, ...]:
+        return (ArrayOutput(self.output, self.spec),)
+
+    def open(self, wanted: Wanted) -> Work:
         prepare_compute(self.config.threads)
-        store = self.store
-        sampler = Sampler(self.config, self.checkpoint, self.spec.manifest)
+        return _SampleWork(self, Sampler(self.config, self.checkpoint, self.spec.manifest))
 
-        def work(shard: Shard) -> Commit:
-            images = sampler.images(range(shard.start, shard.stop))
-            num_bytes, sha256 = write_shard(store, self.spec, shard.index, images)
-            return Commit(shard.index, shard.num_rows, num_bytes, sha256)
 
-        return work
+@dataclasses.dataclass(frozen=True)
+class _SampleWork:
+    stage: SampleStage
+    sampler: Sampler
+
+    def load(self, shard: Shard) -> None:
+        return None
+
+    def compute(self, shard: Shard, loaded: None) -> Images:
+        return self.sampler.images(range(shard.start, shard.stop))
+
+    def store(self, shard: Shard, computed: Images) -> Commits:
+        spec = self.stage.spec
+        num_bytes, digest = write_shard(self.stage.store, spec, shard.index, computed)
+        return (Commit(shard.index, shard.num_rows, num_bytes, digest, output=spec.name),)
 
 
 class Sampler:

@@ -7,6 +7,7 @@ and what it writes (runs/NAME) is all that sampling needs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from repa_pipeline.methods.base import Method
 from repa_pipeline.models import ModelSpec
 from repa_pipeline.observe import RunLog
 from repa_pipeline.registry import method_spec, model_spec
-from repa_pipeline.training.batches import BatchMaker
+from repa_pipeline.training.batches import BatchMaker, mirrored_views
 from repa_pipeline.training.checkpoint import load_newest, prune, save_checkpoint
 from repa_pipeline.training.inputs import CacheInputs, open_inputs
 from repa_pipeline.training.previews import Previews
@@ -75,16 +76,14 @@ class TrainResult:
 
 def plan_training(config: TrainConfig) -> TrainPlan:
     """Opens the cache and checks every setting against it; builds nothing yet."""
-    inputs = open_inputs(config)
-    _check_preset(config, inputs)
     name = config.method
     if name == "auto":
-        name = "repa" if inputs.features else "sit"
+        name = "sit" if config.encoder in (("none",), ()) else "repa"
     spec = method_spec(config, name)
-    if inputs.features and not spec.uses_features:
-        inputs = dataclasses.replace(inputs, features=())
+    inputs = open_inputs(config, uses_features=spec.uses_features, needs=spec.needs)
+    _check_preset(config, inputs)
     model = model_spec(config, config.model)
-    teachers = tuple(array.spec.manifest["encoder"] for array in inputs.features)
+    teachers = tuple(teacher.describe().name for teacher in inputs.teachers)
     device = choose_device(config.device)
     dtype = config.dtype
     if dtype == "auto":
@@ -174,7 +173,14 @@ def _loop(
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=plan.dtype == "bf16")
     means: dict[str, float] = {}
     clock, waited, since = time.perf_counter(), 0.0, state.step
-    reader = Reader(plan.inputs.arrays, plan.order, first_step=state.step, last_step=config.steps)
+    reader = Reader(
+        plan.inputs.arrays,
+        plan.order,
+        first_step=state.step,
+        last_step=config.steps,
+        mirrored=plan.inputs.mirrored,
+        views=functools.partial(mirrored_views, config),
+    )
     with reader:
         for records in reader:
             # One optimiser step: the loss is a mean over the global batch, whatever its parts.

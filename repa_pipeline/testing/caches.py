@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,14 @@ import numpy.typing as npt
 from repa_pipeline import registry
 from repa_pipeline.config import TrainConfig
 from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
-from repa_pipeline.data.codec import CODECS
+from repa_pipeline.data.codec import CODECS, Codec
 from repa_pipeline.data.index import Entry, read_manifest, write_index
+from repa_pipeline.data.names import MIRRORED, SCALE
 from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.data.shards import RecordLayout
+
+if TYPE_CHECKING:
+    from repa_pipeline.data.coders import Coded
 
 Array = npt.NDArray[np.float16]
 TOY_TRUNK = {"depth": 3, "width": 64, "num_heads": 2}
@@ -36,11 +40,14 @@ _PREPARE = {"exif": "upright", "max_pixels": 178_956_970}
 
 @dataclasses.dataclass(frozen=True)
 class ToyTeacher:
-    """A teacher of a toy cache: tokens float16 [N, grid * grid, width]."""
+    """A teacher of a toy cache: tokens [N, T, width], T = grid * grid, one more with the class
+    token in front."""
 
     name: str = "toy-vit"
     grid: int = 4
     width: int = 12
+    codec: str = "fp16"
+    class_token: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +64,14 @@ class ToyLatents:
 
 @dataclasses.dataclass(frozen=True)
 class ToyCache:
-    """What was written: labels int64 [N], latents float16 as stored, tokens by teacher."""
+    """What was written: labels int64 [N], latents float16 as stored, tokens by teacher before
+    they were coded; of the mirrored view likewise where it was asked for."""
 
     labels: npt.NDArray[np.int64]
     latents: Array
     tokens: Mapping[str, Array]
+    mirrored_latents: Array | None = None
+    mirrored_tokens: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
 
 def write_toy_cache(
@@ -73,11 +83,13 @@ def write_toy_cache(
     resolution: int = 64,
     latents: ToyLatents | None = None,
     teachers: tuple[ToyTeacher, ...] = (ToyTeacher(),),
+    flip: bool = False,
     seed: int = 0,
 ) -> ToyCache:
     """Writes WORKSPACE/cache with an index, sealed latents and a sealed array a teacher.
 
     Another `seed` gives other rows (and another row digest). Latents are of `resolution` pixels.
+    With `flip` there is a mirrored view of every array, of other random numbers.
     """
     store = open_store(str(workspace)).child("cache")
     kind = latents or ToyLatents()
@@ -86,14 +98,24 @@ def write_toy_cache(
     labels[:num_classes] = np.arange(num_classes)
     _write_index(store, labels, shard_rows, seed)
     common = {"resolution": resolution, "prepare": {"crop": "adm-center", **_PREPARE}}
-    moments = _draw_moments(kind, num_rows, seed)
-    manifest = {**_latents_manifest(kind, resolution), **common}
-    write_array(store, f"latents.{kind.name}.{resolution}", moments, shard_rows, manifest)
-    tokens = {
-        teacher.name: _write_teacher(store, teacher, num_rows, shard_rows, common, seed)
-        for teacher in teachers
-    }
-    return ToyCache(labels, moments, tokens)
+    latents_manifest = _latents_manifest(kind, resolution)
+    moments: list[Array] = []
+    tokens: list[dict[str, Array]] = []
+    for view in ("", MIRRORED) if flip else ("",):
+        drawn = seed if not view else seed + 1000
+        about = {**common, "view": "mirrored"} if view else common
+        moments.append(_draw_moments(kind, num_rows, drawn))
+        name = f"latents.{kind.name}.{resolution}{view}"
+        write_array(store, name, moments[-1], shard_rows, {**latents_manifest, **about})
+        tokens.append(
+            {
+                teacher.name: _write_teacher(store, teacher, num_rows, shard_rows, about, drawn)
+                for teacher in teachers
+            }
+        )
+    if flip:
+        return ToyCache(labels, moments[0], tokens[0], moments[1], tokens[1])
+    return ToyCache(labels, moments[0], tokens[0])
 
 
 def write_array(
@@ -113,8 +135,8 @@ def write_array(
     shards = []
     for index in range(spec.num_shards):
         part = records[index * shard_rows : (index + 1) * shard_rows]
-        num_bytes, sha256 = write_shard(store, spec, index, part)
-        shards.append({"index": index, "rows": len(part), "num_bytes": num_bytes, "sha256": sha256})
+        num_bytes, digest = write_shard(store, spec, index, part)
+        shards.append({"index": index, "rows": len(part), "num_bytes": num_bytes, "digest": digest})
     if seal:
         seal_array(store, spec, shards)
 
@@ -227,8 +249,9 @@ def _write_teacher(
     seed: int,
 ) -> Array:
     generator = np.random.default_rng([seed, 2, *teacher.name.encode()])
-    shape = (num_rows, teacher.grid**2, teacher.width)
+    shape = (num_rows, teacher.grid**2 + teacher.class_token, teacher.width)
     tokens = generator.standard_normal(shape).astype(np.float16)
+    codec = CODECS[teacher.codec]
     manifest = {
         "kind": "features",
         "encoder": teacher.name,
@@ -236,9 +259,21 @@ def _write_teacher(
         "width": teacher.width,
         "grid": [teacher.grid, teacher.grid],
         "tokens": "patch tokens",
-        "codec": CODECS["fp16"].manifest(teacher.width),
+        "codec": codec.manifest(teacher.width),
+        **({"class_token": True} if teacher.class_token else {}),
         **common,
     }
-    name = f"features.{teacher.name}.{common['resolution']}"
-    write_array(store, name, tokens, shard_rows, manifest)
+    view = MIRRORED if "view" in common else ""
+    name = f"features.{teacher.name}.{common['resolution']}{view}"
+    coded = _code(codec, tokens)
+    if coded.scale is not None:
+        about = {**manifest, "kind": "scale", "of": name}
+        write_array(store, name + SCALE, coded.scale, shard_rows, about)
+    write_array(store, name, coded.records, shard_rows, manifest)
     return tokens
+
+
+def _code(codec: Codec, tokens: Array) -> Coded:
+    import torch
+
+    return codec.encode(torch.from_numpy(tokens).float())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,6 +40,10 @@ class BatchMaker:
         self.device = device
         self.local = rank_slice(config.batch_size, rank, world_size)
         self.labels = torch.from_numpy(inputs.labels)
+        self.decoders = [
+            teacher.codec.decoder(teacher.tokens.spec.manifest["codec"])
+            for teacher in inputs.teachers
+        ]
 
     def micro_batches(self, records: Records) -> Iterator[Micro]:
         """The step's micro-batches, --accumulate of them, sizes differing by at most one."""
@@ -47,25 +53,48 @@ class BatchMaker:
         labels = self.labels[torch.from_numpy(records.rows)].to(self.device)
         dropped = draws.dropped(config.label_dropout)[self.local]
         cond = torch.where(dropped, self.method.null_label, labels)
-        features = tuple(
-            codec.decode(torch.from_numpy(array).to(self.device))
-            for array, codec in zip(records.arrays[1:], self.inputs.codecs, strict=True)
-        )
+        features, class_tokens = self._features(records)
         t = draws.t(config.weighting, config.path)[self.local]
         noise = tuple(e[self.local] for e in draws.noise(self.method.state_shapes()))
         for i in range(config.accumulate):
             part = rank_slice(len(t), i, config.accumulate)
-            batch = Batch(latents[part], tuple(f[part] for f in features), cond[part])
+            batch = Batch(
+                latents[part],
+                tuple(tokens[part] for tokens in features),
+                cond[part],
+                tuple(None if token is None else token[part] for token in class_tokens),
+            )
             share = len(t[part]) / config.batch_size
             if share:
                 yield batch, t[part], tuple(e[part] for e in noise), share
+
+    def _features(self, records: Records) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Each teacher's decoded patch tokens [b, T, D], and class tokens [b, D] where kept."""
+        patches: list[Tensor] = []
+        class_tokens: list[Tensor | None] = []
+        stored = iter(records.arrays[1:])
+        for teacher, decode in zip(self.inputs.teachers, self.decoders, strict=True):
+            coded = torch.from_numpy(next(stored)).to(self.device)
+            scale = None
+            if teacher.scale is not None:
+                scale = torch.from_numpy(next(stored)).to(self.device)
+            tokens = decode(coded, scale)
+            has_class_token = teacher.tokens.spec.manifest.get("class_token", False)
+            class_tokens.append(tokens[:, 0] if has_class_token else None)
+            patches.append(tokens[:, 1:] if has_class_token else tokens)
+        return tuple(patches), tuple(class_tokens)
 
     def _latents(self, records: Records, draws: StepDraws) -> Tensor:
         """Scaled latents [b, C, h, w]: a fresh posterior sample where there is a posterior."""
         manifest = self.inputs.latents.spec.manifest
         stored = torch.from_numpy(records.arrays[0]).to(self.device)
-        raw = self.inputs.latents_codec.decode(stored)
+        raw = stored.float()
         if manifest["posterior"] == "gaussian":
             mean, std = raw.chunk(2, dim=1)
             raw = mean + std * draws.posterior(tuple(mean.shape[1:]))[self.local]
         return scale_by(raw, manifest["scale"], manifest["shift"])
+
+
+def mirrored_views(config: TrainConfig, step: int) -> npt.NDArray[np.bool_]:
+    """bool [global batch]: whose mirrored view is drawn in `step`."""
+    return StepDraws(config.seed, step, config.batch_size, "cpu").mirrored()

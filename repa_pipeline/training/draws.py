@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,6 +48,14 @@ class StepDraws:
     def dropped(self, share: float) -> Tensor:
         """bool [B]: whose label is replaced by the null label."""
         return self._uniform("label_dropout") < share
+
+    def mirrored(self) -> npt.NDArray[np.bool_]:
+        """bool [B]: whose mirrored view is drawn. On the CPU: the reader asks for it."""
+        generator = torch.Generator("cpu").manual_seed(seed_of(*self._key, "mirrored"))
+        drawn: npt.NDArray[np.bool_] = (
+            torch.rand(self._batch_size, generator=generator) < 0.5
+        ).numpy()
+        return drawn
 
     def _normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         size = (self._batch_size, *shape)

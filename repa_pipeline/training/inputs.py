@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from repa_pipeline.config import TrainConfig
 from repa_pipeline.data.array import SealedArray, first_difference, open_sealed
-from repa_pipeline.data.codec import CODECS, Codec, codec_of
+from repa_pipeline.data.codec import Codec, codec_of
 from repa_pipeline.data.index import read_labels, read_manifest
+from repa_pipeline.data.names import MIRRORED, SCALE, parse_name
 from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError
 from repa_pipeline.methods.base import FeatureInfo, Inputs
@@ -20,26 +21,50 @@ from repa_pipeline.registry import autoencoder_spec, encoder_spec
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheInputs:
-    """The sealed arrays of a run, its labels, and the facts a method builds on."""
+class Teacher:
+    """The stored tokens of one teacher, and their scales where the objective needs them."""
 
-    latents: SealedArray
-    features: tuple[SealedArray, ...]
-    labels: npt.NDArray[np.int64]
-    manifest: Mapping[str, Any]
+    tokens: SealedArray
+    scale: SealedArray | None = None
 
     @property
     def arrays(self) -> tuple[SealedArray, ...]:
-        """Latents first, then the teachers in the order asked for."""
-        return (self.latents, *self.features)
+        return (self.tokens,) if self.scale is None else (self.tokens, self.scale)
 
     @property
-    def codecs(self) -> tuple[Codec, ...]:
-        return tuple(codec_of(array.spec.manifest, array.where) for array in self.features)
+    def codec(self) -> Codec:
+        return codec_of(self.tokens.spec.manifest, self.tokens.where)
+
+    def describe(self) -> FeatureInfo:
+        """What a method needs to know of it."""
+        manifest = self.tokens.spec.manifest
+        rows, columns = manifest["grid"]
+        return FeatureInfo(
+            manifest["encoder"],
+            manifest["width"],
+            (rows, columns),
+            self.codec.kept(with_scale=self.scale is not None),
+            manifest.get("class_token", False),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheInputs:
+    """The sealed arrays of a run, its labels, and the facts a method builds on.
+
+    mirrored: the arrays of the mirrored view, in the order of `arrays`; empty when it is not drawn.
+    """
+
+    latents: SealedArray
+    teachers: tuple[Teacher, ...]
+    labels: npt.NDArray[np.int64]
+    manifest: Mapping[str, Any]
+    mirrored: tuple[SealedArray, ...] = ()
 
     @property
-    def latents_codec(self) -> Codec:
-        return CODECS["fp16"]
+    def arrays(self) -> tuple[SealedArray, ...]:
+        """Latents first, then each teacher's tokens and, where needed, scales."""
+        return (self.latents, *(array for teacher in self.teachers for array in teacher.arrays))
 
     def describe(self) -> Inputs:
         """What a method needs to know."""
@@ -49,49 +74,75 @@ class CacheInputs:
             latent_channels=latents["channels"],
             latent_size=self.latents.spec.layout.shape[-1],
             num_classes=self.manifest["num_classes"],
-            features=tuple(
-                feature_info(array.spec.manifest, codec)
-                for array, codec in zip(self.features, self.codecs, strict=True)
-            ),
+            features=tuple(teacher.describe() for teacher in self.teachers),
         )
 
     def digests(self) -> dict[str, Any]:
         """What identifies the data: row digest and array fingerprints."""
+        arrays = (*self.arrays, *self.mirrored)
         return {
             "rows": self.manifest["rows_digest"],
-            "arrays": {array.spec.name: array.spec.fingerprint for array in self.arrays},
+            "arrays": {array.spec.name: array.spec.fingerprint for array in arrays},
         }
 
 
-def feature_info(manifest: Mapping[str, Any], codec: Codec) -> FeatureInfo:
-    """A teacher as its manifest describes it."""
-    rows, columns = manifest["grid"]
-    return FeatureInfo(manifest["encoder"], manifest["width"], (rows, columns), codec.preserves)
-
-
-def open_inputs(config: TrainConfig) -> CacheInputs:
+def open_inputs(
+    config: TrainConfig,
+    *,
+    uses_features: bool = True,
+    needs: frozenset[str] = frozenset({"direction"}),
+) -> CacheInputs:
     """Opens the latents and features of `config` and checks that they are of the same rows.
 
-    Raises MissingError for what is absent or unsealed, ConfigError where "auto" would be a guess,
+    `needs` is what the objective needs of a token: "magnitude" opens the scales too. Raises
+    MissingError for what is absent or unsealed, ConfigError where "auto" would be a guess,
     MismatchError or DamagedError for arrays that do not fit.
     """
     store = open_store(config.workspace).child("cache")
     manifest = read_manifest(store)
     latents = open_sealed(store, _choose_latents(store, config), "encode-latents")
-    resolution = latents.spec.manifest["resolution"]
-    features = tuple(
-        open_sealed(store, name, f"cache-features --encoder {part_name(name)}")
-        for name in _choose_features(store, config, resolution)
-    )
-    for array in (latents, *features):
+    names = _choose_features(store, config, latents.spec.manifest["resolution"])
+    teachers = tuple(_open_teacher(store, name, needs) for name in names if uses_features)
+    inputs = CacheInputs(latents, teachers, read_labels(store), manifest)
+    if config.flip:
+        mirrored = tuple(_open_mirrored(store, array) for array in inputs.arrays)
+        inputs = dataclasses.replace(inputs, mirrored=mirrored)
+    for array in (*inputs.arrays, *inputs.mirrored):
         _check_rows(array, manifest)
         _check_prepared_alike(array, latents)
         array.check_present()
-    return CacheInputs(latents, features, read_labels(store), manifest)
+    return inputs
+
+
+def _open_teacher(store: ObjectStore, name: str, needs: frozenset[str]) -> Teacher:
+    made_by = parse_name(name).made_by
+    teacher = Teacher(open_sealed(store, name, made_by))
+    if "magnitude" not in needs or not teacher.codec.has_scale:
+        return teacher
+    return Teacher(teacher.tokens, open_sealed(store, name + SCALE, made_by))
+
+
+def _open_mirrored(store: ObjectStore, array: SealedArray) -> SealedArray:
+    """The mirrored view of an array; raises MissingError, or MismatchError for another recipe."""
+    name = dataclasses.replace(parse_name(array.spec.name), mirrored=True)
+    found = open_sealed(store, str(name), name.made_by)
+    views = ("view", "of")
+    got = {key: value for key, value in found.spec.manifest.items() if key not in views}
+    expected = {key: value for key, value in array.spec.manifest.items() if key not in views}
+    difference = first_difference(got, expected)
+    if difference:
+        setting, here, there = difference
+        raise MismatchError(
+            f"{found.where} is not the mirrored {array.spec.name}: {setting} is {here!r}, expected "
+            f"{there!r}; encode both with the same settings"
+        )
+    return found
 
 
 def _sealed_names(store: ObjectStore, kind: str) -> list[str]:
+    """Sealed main arrays of the plain view."""
     names = [name for name in store.list("") if name.startswith(f"{kind}.")]
+    names = [name for name in names if not name.endswith((MIRRORED, SCALE))]
     return [name for name in names if store.size(f"{name}/seal.json") is not None]
 
 
@@ -139,8 +190,8 @@ def _choose_features(store: ObjectStore, config: TrainConfig, resolution: int) -
 
 
 def part_name(array_name: str) -> str:
-    """The autoencoder or encoder in the name of an array, KIND.NAME.RESOLUTION."""
-    return array_name.split(".", 1)[1].rsplit(".", 1)[0]
+    """The autoencoder or encoder in the name of an array."""
+    return parse_name(array_name).part
 
 
 def _check_rows(array: SealedArray, manifest: Mapping[str, Any]) -> None:

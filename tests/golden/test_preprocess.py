@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from repa_pipeline.encoders import ALIASES, ENCODERS
 from repa_pipeline.encoders.preprocess import PREPROCESS, preprocess, resample_pos_embed
 
 Golden = dict[str, np.ndarray]
@@ -28,10 +29,28 @@ def test_equals_reference(golden: Golden, name: str) -> None:
     )
 
 
-def test_dinov1_is_prepared_as_mae(golden: Golden) -> None:
+@pytest.mark.parametrize("name", ["dinov1", "dinov3"])
+def test_prepared_as_mae(golden: Golden, name: str) -> None:
     images = torch.from_numpy(golden["pre_in"])
-    assert torch.equal(
-        preprocess(images, PREPROCESS["dinov1"]), preprocess(images, PREPROCESS["mae"])
+    assert torch.equal(preprocess(images, PREPROCESS[name]), preprocess(images, PREPROCESS["mae"]))
+
+
+def test_every_entry_of_the_reference_has_its_own_rule() -> None:
+    rules = {
+        "dinov2": "dinov2", "dinov2reg": "dinov2", "clip": "clip", "mae": "mae",
+        "mocov3": "mocov3", "jepa": "jepa", "dinov1": "dinov1",
+    }  # fmt: skip
+    named = [name for name in ALIASES if "-vit-" in name]
+    assert {name.split("-")[0] for name in named} == set(rules)
+    for name in named:
+        assert ENCODERS[name].rule == PREPROCESS[rules[name.split("-")[0]]]
+
+
+def test_siglip_takes_pixels_in_minus_one_to_one(golden: Golden) -> None:
+    images = torch.from_numpy(golden["pre_in"])
+    expected = images / 127.5 - 1
+    torch.testing.assert_close(
+        preprocess(images, PREPROCESS["siglip"]), expected, atol=1e-6, rtol=0
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -13,9 +14,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from repa_pipeline.autoencoders import AUTOENCODERS, SD_VAE_CONFIG, AutoencoderSpec
+from repa_pipeline.autoencoders import AUTOENCODERS, AutoencoderSpec
 from repa_pipeline.autoencoders.base import load_autoencoder, scale_latents, unscale_latents
 from repa_pipeline.autoencoders.kl import build_kl
+from repa_pipeline.encoders import precision
 from repa_pipeline.errors import ConfigError, MismatchError, UnknownNameError
 
 KL = {
@@ -55,6 +57,9 @@ def test_autoencoder_shapes_and_checks() -> None:
     with pytest.raises(ConfigError, match="100 pixels.*multiple of 8"):
         AUTOENCODERS["sd-vae"].latent_shape(100)
     assert AUTOENCODERS["sd-vae-ft-mse"].scale == (0.18215,)
+    sdxl = AUTOENCODERS["sdxl-vae"]
+    assert sdxl.scale == (0.13025,) and sdxl.hub == "stabilityai/sdxl-vae"
+    assert sdxl.latent_shape(256) == (4, 32, 32) and sdxl.stored_channels == 8
     with pytest.raises(ConfigError, match="2 values of scale: give 1 or 4"):
         dataclasses.replace(AUTOENCODERS["taesd"], scale=(1.0, 2.0))
     with pytest.raises(ConfigError, match="posterior 'normal'"):
@@ -62,7 +67,9 @@ def test_autoencoder_shapes_and_checks() -> None:
 
 
 def test_sd_vae_is_the_published_architecture() -> None:
-    assert sum(p.numel() for p in build_kl(SD_VAE_CONFIG).parameters()) == 83_653_863
+    for name in ("sd-vae-ft-ema", "sd-vae-ft-mse", "sdxl-vae"):
+        network = build_kl(AUTOENCODERS[name].config)
+        assert sum(p.numel() for p in network.parameters()) == 83_653_863
 
 
 def test_file_without_settings_is_refused(tmp_path: pathlib.Path) -> None:
@@ -105,23 +112,68 @@ def test_kl_decodes_raw_latents(tmp_path: pathlib.Path, kl: AutoencoderKL) -> No
         autoencoder.decode(torch.zeros(2, 8, 4, 4))
 
 
-def test_kl_old_attention_names(tmp_path: pathlib.Path, kl: AutoencoderKL) -> None:
+@pytest.mark.parametrize("name", ["sd-vae-ft-ema", "sdxl-vae"])
+def test_kl_old_attention_names(tmp_path: pathlib.Path, kl: AutoencoderKL, name: str) -> None:
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {}
     for key, value in kl.state_dict().items():
-        for new, name in old.items():
-            key = key.replace(f".{new}.", f".{name}.")
+        for current, former in old.items():
+            key = key.replace(f".{current}.", f".{former}.")
         state[key] = value
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in state
-    renamed = load_autoencoder("digits-vae", weights=_save(tmp_path / "old", state, KL))
-    plain = load_autoencoder("digits-vae", weights=_save(tmp_path / "new", kl.state_dict(), KL))
+    kl.save_pretrained(tmp_path / "diffusers")
+    new = tmp_path / "diffusers" / AUTOENCODERS[name].hub_file
+    spec = dataclasses.replace(AUTOENCODERS[name], config=KL)
+    plain = load_autoencoder(spec, weights=str(new))
+    renamed = load_autoencoder(spec, weights=_save(tmp_path / "old", state, {}))
     assert torch.equal(renamed.encode(_images(32)), plain.encode(_images(32)))
+    with torch.no_grad():
+        posterior = kl.encode(_images(32) / 127.5 - 1).latent_dist
+    expected = torch.cat([posterior.mean, posterior.std], dim=1)
+    assert torch.equal(plain.encode(_images(32)), expected)
+    torch.save(state, tmp_path / "old.bin")
+    from_torch = load_autoencoder(spec, weights=str(tmp_path / "old.bin"))
+    assert torch.equal(from_torch.encode(_images(32)), expected)
 
 
 def test_encode_refuses_floats(tmp_path: pathlib.Path, kl: AutoencoderKL) -> None:
     path = _save(tmp_path / "kl.safetensors", kl.state_dict(), KL)
     with pytest.raises(MismatchError, match="expected uint8"):
         load_autoencoder("digits-vae", weights=path).encode(torch.zeros(1, 3, 32, 32))
+
+
+def test_bf16_is_close(tmp_path: pathlib.Path, kl: AutoencoderKL) -> None:
+    path = _save(tmp_path / "kl.safetensors", kl.state_dict(), KL)
+    plain = load_autoencoder("digits-vae", weights=path)
+    half = load_autoencoder("digits-vae", weights=path, dtype="bf16")
+    images = _images(32)
+    moments, rounded = plain.encode(images), half.encode(images)
+    assert rounded.dtype == torch.float32 and not torch.equal(moments, rounded)
+    torch.testing.assert_close(moments, rounded, atol=0.03, rtol=0.03)
+    decoded = half.decode(moments[:, :4])
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(plain.decode(moments[:, :4]), decoded, atol=0.05, rtol=0.05)
+
+
+def test_sdxl_runs_in_float32_alone() -> None:
+    expected = "'sdxl-vae' runs in float32 only .*, got dtype bf16"
+    with pytest.raises(ConfigError, match=expected):
+        load_autoencoder("sdxl-vae", weights="absent", dtype="bf16")
+    with pytest.raises(ConfigError, match="dtype is 'half': expected float32 or bf16"):
+        load_autoencoder("taesd", weights="absent", dtype="half")
+
+
+def test_networks_compile_in_one_graph(
+    tmp_path: pathlib.Path, kl: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(precision.torch, "compile", compile)
+    path = _save(tmp_path / "kl.safetensors", kl.state_dict(), KL)
+    plain = load_autoencoder("digits-vae", weights=path)
+    fast = load_autoencoder("digits-vae", weights=path, compile=True)
+    moments = plain.encode(_images(32))
+    assert torch.equal(fast.encode(_images(32)), moments)
+    assert torch.equal(fast.decode(moments[:, :4]), plain.decode(moments[:, :4]))
 
 
 PER_CHANNEL = AutoencoderSpec(

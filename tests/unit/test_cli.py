@@ -12,7 +12,7 @@ import pytest
 
 from repa_pipeline import __version__, commands
 from repa_pipeline.cli import main
-from repa_pipeline.config import COMMANDS
+from repa_pipeline.command_table import COMMANDS
 from repa_pipeline.errors import DataError
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.train import plan_training, train
@@ -162,7 +162,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(config: object) -> None:
         raise KeyError("of ours")
 
-    monkeypatch.setattr(commands, "ACTIONS", {"runs": broken})
+    monkeypatch.setattr(commands, "runs", broken)
     with pytest.raises(KeyError, match="of ours"):
         main(["runs"])
 
@@ -173,7 +173,7 @@ def test_an_error_of_several_lines_is_shown_on_one(
     def fails(config: object) -> None:
         raise DataError("one\ntwo")
 
-    monkeypatch.setattr(commands, "ACTIONS", {"runs": fails})
+    monkeypatch.setattr(commands, "runs", fails)
     assert repa.refused("runs") == "one two"
 
 
@@ -181,7 +181,7 @@ def test_an_interrupt_says_what_to_do(repa: Repa, monkeypatch: pytest.MonkeyPatc
     def interrupted(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "ACTIONS", {"runs": interrupted})
+    monkeypatch.setattr(commands, "runs", interrupted)
     code, _, err = repa("runs")
     assert code == 130 and "run the same command to go on" in err and err.count("\n") == 1
 

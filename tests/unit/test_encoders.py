@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from repa_pipeline.encoders import ENCODERS
+from repa_pipeline.encoders import ENCODERS, precision
 from repa_pipeline.encoders.base import load_encoder
 from repa_pipeline.encoders.preprocess import PREPROCESS, preprocess, resample_pos_embed
 from repa_pipeline.errors import ConfigError, MismatchError, UnknownNameError
@@ -63,7 +64,12 @@ def test_tables_import_without_torch() -> None:
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="unknown encoder 'dino2-b': did you mean 'dinov2-b"):
         load_encoder("dino2-b", resolution=256)
-    assert ENCODERS["dinov2-vit-b"].name == "dinov2-b"
+    for reference, name in (
+        ("dinov2-vit-b", "dinov2-b"), ("dinov2reg-vit-l", "dinov2-l-reg"),
+        ("dinov1-vit-b", "dinov1-b"), ("mocov3-vit-l", "mocov3-l"), ("clip-vit-L", "clip-l"),
+        ("mae-vit-l", "mae-l"), ("jepa-vit-h", "ijepa-h"), ("siglip2", "siglip2-b"),
+    ):  # fmt: skip
+        assert ENCODERS[reference].name == name
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
@@ -89,6 +95,18 @@ def test_unusable_resolution_says_which_are_usable() -> None:
         ENCODERS["dinov2-b"].grid(250)
 
 
+def test_stored_tokens_count_the_class_token() -> None:
+    clip, jepa = ENCODERS["clip-l"], ENCODERS["ijepa-h"]
+    assert clip.num_tokens(256) == clip.stored_tokens(256) == 256
+    assert clip.stored_tokens(256, "patch+cls") == 257
+    assert clip.stored_tokens(512, "patch+cls") == 1025
+    assert jepa.stored_tokens(256, "patch") == 256
+    with pytest.raises(ConfigError, match="'ijepa-h' has no class token: use tokens patch"):
+        jepa.stored_tokens(256, "patch+cls")
+    with pytest.raises(ConfigError, match="tokens is 'cls': expected patch or patch.cls"):
+        clip.stored_tokens(256, "cls")
+
+
 # Preprocessing
 
 
@@ -109,7 +127,7 @@ def test_preprocess_refuses_other_dtypes_and_shapes() -> None:
 
 
 def test_position_embedding_refuses_what_is_no_square() -> None:
-    with pytest.raises(MismatchError, match="without register tokens"):
+    with pytest.raises(MismatchError, match="1369 rows: expected 1 prefix"):
         resample_pos_embed(torch.zeros(1, 37 * 37, 4), (16, 16), 1)
 
 
@@ -142,7 +160,7 @@ def test_images_of_another_resolution_are_refused(vit: tuple[VisionTransformer, 
 def test_entry_that_misstates_its_width_is_refused(vit: tuple[VisionTransformer, str]) -> None:
     spec = dataclasses.replace(ENCODERS["digits-vit"], width=64)
     encoder = load_encoder(spec, resolution=64, weights=vit[1])
-    with pytest.raises(MismatchError, match=r"made tokens \[16, 128\].*says \[16, 64\]"):
+    with pytest.raises(MismatchError, match=r"made tokens \[17, 128\].*says \[17, 64\]"):
         encoder.tokens(_images(64))
 
 
@@ -172,3 +190,59 @@ def test_file_without_settings_is_refused(tmp_path: pathlib.Path) -> None:
     save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(MismatchError, match="no metadata `config`"):
         load_encoder("digits-vit", resolution=64, weights=str(path))
+
+
+# The class token, precision, compilation
+
+
+def test_class_token_comes_first(vit: tuple[VisionTransformer, str]) -> None:
+    network, path = vit
+    images = _images(64)
+    both = load_encoder("digits-vit", resolution=64, weights=path, tokens="patch+cls")
+    patches = load_encoder("digits-vit", resolution=64, weights=path)
+    with torch.no_grad():
+        expected = network.forward_features(preprocess(images, PREPROCESS["digits"]))
+    torch.testing.assert_close(both.tokens(images), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(both.tokens(images)[:, 1:], patches.tokens(images))
+
+
+def test_no_class_token_to_keep(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="'mobilenet-v2' has no class token"):
+        load_encoder("mobilenet-v2", resolution=128, weights="absent", tokens="patch+cls")
+    config = {**VIT, "class_token": False}
+    network = VisionTransformer(**config)
+    path = _save(tmp_path / "without.safetensors", network.state_dict(), config)
+    with pytest.raises(MismatchError, match="'digits-vit' has no class token, its table entry"):
+        load_encoder("digits-vit", resolution=64, weights=path)
+    spec = dataclasses.replace(ENCODERS["digits-vit"], class_token=False)
+    assert load_encoder(spec, resolution=64, weights=path).tokens(_images(64)).shape[1] == 16
+
+
+def test_bf16_is_close_and_float32_is_exact(vit: tuple[VisionTransformer, str]) -> None:
+    images = _images(64)
+    plain, same, half = (
+        load_encoder("digits-vit", resolution=64, weights=vit[1], dtype=dtype).tokens(images)
+        for dtype in ("float32", "float32", "bf16")
+    )
+    assert torch.equal(plain, same) and half.dtype == torch.float32
+    assert not torch.equal(plain, half)
+    cosine = torch.nn.functional.cosine_similarity(plain, half, dim=-1)
+    assert cosine.min() > 0.999
+    with pytest.raises(ConfigError, match="dtype is 'fp16': expected float32 or bf16"):
+        load_encoder("digits-vit", resolution=64, weights=vit[1], dtype="fp16")
+
+
+def test_networks_compile_in_one_graph(
+    vit: tuple[VisionTransformer, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(precision.torch, "compile", compile)
+    images = _images(64)
+    fast = load_encoder("digits-vit", resolution=64, weights=vit[1], compile=True)
+    plain = load_encoder("digits-vit", resolution=64, weights=vit[1])
+    assert torch.equal(fast.tokens(images), plain.tokens(images))
+
+
+def test_every_entry_is_documented() -> None:
+    text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "encoders.md").read_text()
+    assert [name for name in ENCODERS if f"`{name}`" not in text] == []

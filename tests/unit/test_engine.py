@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,25 @@ from repa_pipeline.data.array import (
 from repa_pipeline.data.objects import LocalStore, json_bytes
 from repa_pipeline.data.shards import RecordLayout, as_rows
 from repa_pipeline.engine import local
-from repa_pipeline.engine.contracts import Commit, Plan, Shard, Work, split_rows
+from repa_pipeline.engine.contracts import (
+    Commit,
+    Commits,
+    Plan,
+    Shard,
+    SimpleWork,
+    Tell,
+    Wanted,
+    Work,
+    run_phases,
+    split_rows,
+)
 from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.local import LocalExecutor
-from repa_pipeline.engine.run import StageResult, run_stage
+from repa_pipeline.engine.pipeline import Pipeline
+from repa_pipeline.engine.run import OutputResult, ledger_of, run_stage
 from repa_pipeline.errors import DataError, MismatchError, StageError
 from repa_pipeline.observe import Silent
+from repa_pipeline.stages.array_stage import ArrayOutput
 
 NAME, LEDGER = "latents.toy.8", "ledger/latents.toy.8"
 Fault = Callable[[Shard], None]
@@ -59,11 +73,15 @@ class ToyStage:
     def begin(self) -> None:
         begin_array(self.store, self.spec)
 
-    def open(self) -> Work:
-        self.num_opened += 1
-        return self.work
+    @property
+    def outputs(self) -> tuple[ToyStage, ...]:
+        return (self,)
 
-    def work(self, shard: Shard) -> Commit:
+    def open(self, wanted: Wanted) -> Work:
+        self.num_opened += 1
+        return SimpleWork(self.work)
+
+    def work(self, shard: Shard) -> Commits:
         self.calls[shard.index] += 1
         fault = self.faults.get((shard.index, self.calls[shard.index]))
         if fault is not None:
@@ -71,10 +89,10 @@ class ToyStage:
         rows = np.arange(shard.start, shard.stop, dtype=np.float16) * self.factor
         records = np.broadcast_to(rows[:, None, None], (len(rows), 3, 2))
         stored = write_shard(self.store, self.spec, shard.index, records)
-        return Commit(shard.index, shard.num_rows, *stored, {"encode": 0.25})
+        return (Commit(shard.index, shard.num_rows, *stored, {"encode": 0.25}, NAME),)
 
     def seal(self, commits: list[Commit]) -> None:
-        keys = ("index", "rows", "num_bytes", "sha256")
+        keys = ("index", "rows", "num_bytes", "digest")
         seal_array(self.store, self.spec, [{k: getattr(c, k) for k in keys} for c in commits])
 
     def is_sealed(self) -> bool:
@@ -96,9 +114,12 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def run(stage: ToyStage, retries: int = 2) -> StageResult:
-    ledger = Ledger(stage.store, LEDGER, stage.plan().fingerprint)
-    return run_stage(stage, LocalExecutor(retries), ledger, Silent())
+def ledgers(stage: ToyStage) -> dict[str, Ledger]:
+    return {NAME: Ledger(stage.store, LEDGER, stage.plan().fingerprint)}
+
+
+def run(stage: ToyStage, retries: int = 2) -> OutputResult:
+    return run_stage(stage, LocalExecutor(retries), ledgers(stage), Silent()).outputs[NAME]
 
 
 def files(store: LocalStore) -> dict[str, bytes]:
@@ -144,7 +165,7 @@ def test_a_whole_run_then_nothing(store: LocalStore) -> None:
 
 
 def untimed(commit: Commit) -> Commit:
-    return dataclasses.replace(commit, seconds={})
+    return dataclasses.replace(commit, seconds={}, output="")
 
 
 def test_what_the_ledger_says(store: LocalStore) -> None:
@@ -153,10 +174,10 @@ def test_what_the_ledger_says(store: LocalStore) -> None:
     entry = json.loads(store.get(f"{LEDGER}/000005.json"))
     # No times: equal work leaves equal bytes.
     expected = dataclasses.asdict(result.commits[5])
-    del expected["seconds"]
+    del expected["seconds"], expected["output"]
     assert entry == {"fingerprint": ToyStage(store).spec.fingerprint, **expected}
     seal = json.loads(store.get(f"{NAME}/seal.json"))
-    assert [shard["sha256"] for shard in seal["shards"]] == [c.sha256 for c in result.commits]
+    assert [shard["digest"] for shard in seal["shards"]] == [c.digest for c in result.commits]
 
 
 def test_only_missing_shards_run(store: LocalStore) -> None:
@@ -218,8 +239,8 @@ def test_lasting_faults_fail_after_the_rest(retries: int, store: LocalStore) -> 
     with pytest.raises(StageError) as caught:
         run(stage, retries)
     assert str(caught.value) == (
-        "2 of 6 shards failed, the others are kept; shard 1 (rows 4 to 7): the disk is gone; mend "
-        "it and run the same command again"
+        "2 of 6 shards failed, the others are kept; shard 1 (rows 4 to 7): the disk is gone; also "
+        "shard 4 (rows 16 to 19); mend it and run the same command again"
     )
     assert stage.calls == {0: 1, 1: retries + 1, 2: 1, 3: 1, 4: retries + 1, 5: 1}
     assert not stage.is_sealed()
@@ -253,13 +274,16 @@ def test_an_executor_that_loses_shards_is_found(store: LocalStore) -> None:
     class Forgetful:
         name = "forgetful"
 
-        def map(self, open_stage: Callable[[], Work], shards: list[Shard]) -> Iterator[Commit]:
+        def map(
+            self, open_stage: Callable[[], Work], shards: list[Shard], tell: Tell
+        ) -> Iterator[Commits]:
             work = open_stage()
-            yield from (work(shard) for shard in reversed(shards) if shard.index not in (1, 3))
+            kept = (shard for shard in reversed(shards) if shard.index not in (1, 3))
+            yield from (run_phases(work, shard) for shard in kept)
 
     stage = ToyStage(store)
-    with pytest.raises(StageError, match=r"executor 'forgetful' left out shards \[1, 3\]"):
-        run_stage(stage, Forgetful(), Ledger(store, LEDGER, stage.plan().fingerprint), Silent())
+    with pytest.raises(StageError, match=r"executor 'forgetful' left out shards .*\[1, 3\]"):
+        run_stage(stage, Forgetful(), ledgers(stage), Silent())
     assert not stage.is_sealed() and len(store.list(LEDGER)) == 4
 
 
@@ -267,13 +291,14 @@ def test_commits_in_any_order(store: LocalStore, tmp_path: Path) -> None:
     class Backwards:
         name = "backwards"
 
-        def map(self, open_stage: Callable[[], Work], shards: list[Shard]) -> Iterator[Commit]:
+        def map(
+            self, open_stage: Callable[[], Work], shards: list[Shard], tell: Tell
+        ) -> Iterator[Commits]:
             work = open_stage()
-            return (work(shard) for shard in reversed(shards))
+            return (run_phases(work, shard) for shard in reversed(shards))
 
     stage = ToyStage(store)
-    ledger = Ledger(store, LEDGER, stage.plan().fingerprint)
-    result = run_stage(stage, Backwards(), ledger, Silent())
+    result = run_stage(stage, Backwards(), ledgers(stage), Silent()).outputs[NAME]
     assert [commit.index for commit in result.commits] == list(range(6))
     forward = LocalStore(str(tmp_path / "forward"))
     run(ToyStage(forward))
@@ -347,7 +372,7 @@ def test_the_first_writer_wins_and_the_ledger_says_so(store: LocalStore) -> None
     stage.begin()
     written = write_shard(store, stage.spec, 2, np.full((4, 3, 2), 0.5, np.float16))
     result = run(stage)
-    assert (result.commits[2].num_bytes, result.commits[2].sha256) == written
+    assert (result.commits[2].num_bytes, result.commits[2].digest) == written
     assert values(store)[8:12] == [0.5] * 4
 
 
@@ -378,16 +403,152 @@ def test_progress_is_told(store: LocalStore) -> None:
         def advance(self, count: int, **facts: float) -> None:
             told.append((count, facts))
 
+        def workers(self, states: Mapping[str, str]) -> None:
+            assert list(states) == ["local"]
+
         def finish(self) -> None:
             told.append("finished")
 
+    def step(rows: int, shards: int, seconds: float) -> tuple[int, dict[str, float]]:
+        return rows, {"shards": shards, "encode_s": seconds}
+
     stage = ToyStage(store)
     stage.faults = {(5, 1): DataError("x")}
-    ledger = Ledger(store, LEDGER, stage.plan().fingerprint)
     with pytest.raises(StageError):
-        run_stage(stage, LocalExecutor(0), ledger, Listener())
-    step = (4, {"encode": 0.25})
-    assert told == [(NAME, 22, 0, "images"), step, step, step, step, step, "finished"]
+        run_stage(stage, LocalExecutor(0), ledgers(stage), Listener())
+    # The seconds of a phase are summed over the run, and shown to a tenth.
+    steps = [step(4, n, round(0.25 * n, 1)) for n in range(1, 6)]
+    assert told == [(NAME, 22, 0, "images"), *steps, "finished"]
     told.clear()
-    run_stage(ToyStage(store), LocalExecutor(0), ledger, Listener())
-    assert told == [(NAME, 22, 20, "images"), (2, {"encode": 0.25}), "finished"]
+    run_stage(ToyStage(store), LocalExecutor(0), ledgers(stage), Listener())
+    assert told == [(NAME, 22, 20, "images"), step(2, 6, 0.2), "finished"]
+
+
+@dataclasses.dataclass
+class TwoOutputs:
+    """Two arrays of one pass: the second holds the doubled numbers of the first."""
+
+    store: LocalStore
+    asked: list[tuple[int, frozenset[str]]] = dataclasses.field(default_factory=list)
+    bad_shard: int = -1
+    name: str = "two"
+
+    @property
+    def outputs(self) -> tuple[Renamed, ...]:
+        return Renamed(self.store, "latents.one.8", 1), Renamed(self.store, "latents.two.8", 2)
+
+    def open(self, wanted: Wanted) -> Work:
+        def work(shard: Shard) -> Commits:
+            self.asked.append((shard.index, wanted[shard.index]))
+            if shard.index == self.bad_shard:
+                raise DataError("bad")
+            chosen = [output for output in self.outputs if output.name in wanted[shard.index]]
+            return tuple(output.fill(shard) for output in chosen)
+
+        return SimpleWork(work)
+
+
+class Renamed(ArrayOutput):
+    """A toy array below the store's folder, filled with row number times `factor`."""
+
+    def __init__(self, store: LocalStore, name: str, factor: int):
+        layout = RecordLayout((2,), "float32", 4)
+        super().__init__(store.url, ArraySpec(name, 22, layout, {"factor": factor}))
+
+    def fill(self, shard: Shard) -> Commit:
+        rows = np.arange(shard.start, shard.stop, dtype=np.float32) * self.spec.manifest["factor"]
+        records = np.repeat(rows[:, None], 2, axis=1)
+        stored = write_shard(self.store, self.spec, shard.index, records)
+        return Commit(shard.index, shard.num_rows, *stored, output=self.name)
+
+
+def run_two(stage: TwoOutputs) -> dict[str, OutputResult]:
+    named = {output.name: ledger_of(stage.store, output) for output in stage.outputs}
+    return dict(run_stage(stage, LocalExecutor(0), named, Silent()).outputs)
+
+
+def test_one_pass_fills_what_each_output_lacks(store: LocalStore) -> None:
+    run_two(TwoOutputs(store))
+    before = files(store)
+    one, two = "latents.one.8", "latents.two.8"
+    for key in (f"{one}/seal.json", f"{one}/c/1/0", f"{two}/seal.json", f"ledger/{two}/000001.json",
+                f"{two}/c/4/0"):  # fmt: skip
+        (store.root / key).unlink()
+    stage = TwoOutputs(store)
+    result = run_two(stage)
+    assert stage.asked == [(1, frozenset({one, two})), (4, frozenset({two}))]
+    assert {name: output.num_new for name, output in result.items()} == {one: 1, two: 2}
+    assert files(store) == before
+    array = open_sealed(store, two, "x")
+    rows = as_rows(array.read_shard(5, array.new_buffer()), array.spec.layout)
+    assert rows.tolist() == [[40, 40], [42, 42]]
+
+
+def test_a_complete_output_is_sealed_beside_a_failed_one(store: LocalStore) -> None:
+    run_two(TwoOutputs(store))
+    for key in ("latents.one.8/seal.json", "latents.two.8/seal.json", "latents.two.8/c/2/0"):
+        (store.root / key).unlink()
+    with pytest.raises(StageError, match="1 of 1 shards failed"):
+        run_two(TwoOutputs(store, bad_shard=2))
+    assert store.size("latents.one.8/seal.json") and not store.size("latents.two.8/seal.json")
+
+
+class Phases:
+    """A Work that notes who is in which phase, on which thread."""
+
+    def __init__(self, bad: tuple[str, int] | None = None):
+        self.inside: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.threads: dict[str, set[int]] = {}
+        self.bad = bad
+
+    def _phase(self, name: str, shard: Shard) -> str:
+        self.inside[name] += 1
+        self.most[name] = max(self.most[name], self.inside[name])
+        self.threads.setdefault(name, set()).add(threading.get_ident())
+        threading.Event().wait(0.002)
+        self.inside[name] -= 1
+        if self.bad == (name, shard.index):
+            raise DataError(f"{name} {shard.index}")
+        return f"{name} {shard.index}"
+
+    def load(self, shard: Shard) -> str:
+        return self._phase("load", shard)
+
+    def compute(self, shard: Shard, loaded: str) -> str:
+        assert loaded == f"load {shard.index}"
+        return self._phase("compute", shard)
+
+    def store(self, shard: Shard, computed: str) -> Commits:
+        assert computed == f"compute {shard.index}"
+        self._phase("store", shard)
+        return (Commit(shard.index, shard.num_rows, 0, "", output="x"),)
+
+
+def test_the_pipeline_equals_the_phases_in_turn() -> None:
+    shards = list(split_rows(20, 2))
+    work = Phases()
+    with Pipeline(work) as pipeline:
+        futures = [pipeline.submit(shard) for shard in shards]
+        overlapped = [future.result() for future in futures]
+        assert pipeline.state() == "idle"
+    assert overlapped == [run_phases(Phases(), shard) for shard in shards]
+    assert work.most == {"load": 1, "compute": 1, "store": 1}
+    assert [len(ids) for ids in work.threads.values()] == [1, 1, 1]
+    assert len(set.union(*work.threads.values())) == 3
+
+
+@pytest.mark.parametrize("phase", ["load", "compute", "store"])
+def test_a_fault_in_the_pipeline_is_of_its_shard_alone(phase: str) -> None:
+    shards = split_rows(6, 2)
+    with Pipeline(Phases(bad=(phase, 1))) as pipeline:
+        futures = [pipeline.submit(shard) for shard in shards]
+        with pytest.raises(DataError, match=f"{phase} 1"):
+            futures[1].result()
+        assert [futures[i].result()[0].index for i in (0, 2)] == [0, 2]
+
+
+def test_older_records_hold_a_sha256(store: LocalStore) -> None:
+    entry = {"fingerprint": "f", "index": 3, "rows": 4, "num_bytes": 9, "sha256": "ab"}
+    store.put("ledger/x/000003.json", json_bytes(entry))
+    assert Ledger(store, "ledger/x", "f").entries() == {3: Commit(3, 4, 9, "sha256:ab")}

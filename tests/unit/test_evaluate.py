@@ -19,6 +19,7 @@ from repa_pipeline.config import EvaluateConfig, IndexConfig
 from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.data.shards import RecordLayout
+from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import (
     ConfigError,
     DataError,
@@ -117,7 +118,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "toy_network.py").write_text(plugin)
     write_source(folder / "source", random_images(40, seed=0))
     index = IndexConfig(source=str(folder / "source"), workspace=str(folder / "ws"))
-    ensure_index(index, Silent())
+    ensure_index(index, LocalExecutor(), Silent())
     write_samples(folder / "samples", sample_images())
     with isolated_tables(folder):
         yield folder
@@ -280,7 +281,9 @@ def test_a_network_with_pool_features_alone(base: Path, tmp_path: Path) -> None:
 def test_statistics_of_the_source_are_made_once(base: Path, tmp_path: Path) -> None:
     source, workspace = tmp_path / "source", tmp_path / "ws"
     write_source(source, random_images(12, seed=5))
-    ensure_index(IndexConfig(source=str(source), workspace=str(workspace)), Silent())
+    ensure_index(
+        IndexConfig(source=str(source), workspace=str(workspace)), LocalExecutor(), Silent()
+    )
     config = config_of(base, tmp_path, source=str(source), workspace=str(workspace))
     first = evaluate(config, Silent())
     (stored,) = (workspace / "references").iterdir()

@@ -21,18 +21,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from repa_pipeline.data import objects
-from repa_pipeline.data.objects import (
-    LocalStore,
-    ObjectStore,
-    RemoteStore,
-    get_json,
-    json_bytes,
-    open_store,
-)
-from repa_pipeline.errors import DamagedError, MissingError, StageError
+from repa_pipeline.data.fsstore import RemoteStore
+from repa_pipeline.data.objects import LocalStore, ObjectStore, get_json, json_bytes, open_store
+from repa_pipeline.data.retry import RetryPolicy
+from repa_pipeline.errors import DamagedError, MissingError, StageError, StoreError
 from repa_pipeline.testing.stores import ATOMIC_CHECKS, CHECKS, Check
 
 _numbers = itertools.count()
+QUICK = RetryPolicy(attempts=4, first_delay_seconds=0.001, longest_delay_seconds=0.002)
 
 
 class ServerError(Exception):
@@ -55,6 +51,9 @@ class ObjectStorage(MemoryFileSystem):  # type: ignore[misc]
             if mode == "create" and (self.exists(path) or self.code != "PreconditionFailed"):
                 raise OSError(errno.EINVAL, "refused") from ServerError(self.code)
             super().pipe_file(path, value)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        raise AssertionError("an object store has no folders, and this may make a bucket")
 
 
 def local(folder: Path) -> ObjectStore:
@@ -231,25 +230,44 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_create_refused_by_the_server() -> None:
     filesystem = ObjectStorage()
-    store = RemoteStore(f"memory://test-objects-{next(_numbers)}", filesystem)
+    url = f"memory://test-objects-{next(_numbers)}"
+    store = RemoteStore(url, filesystem, QUICK)
     assert store.put_new("k", b"1") and not store.put_new("k", b"2")
     filesystem.code = "ConditionalRequestConflict"
     assert not store.put_new("k", b"2")
-    with pytest.raises(OSError, match="refused"):  # no object stands: the rival failed too
-        store.put_new("other", b"2")
+    with pytest.raises(StoreError, match="PUT .*/other: tried 4 times in 0 s, the last answer was"):
+        store.put_new("other", b"2")  # no object stands: the rival failed too
     filesystem.code = "AccessDenied"
     with pytest.raises(OSError, match="refused"):
         store.put_new("k", b"2")
 
 
-def test_error_codes_are_those_of_s3fs() -> None:
-    errors = pytest.importorskip("s3fs.errors")
-    boto = pytest.importorskip("botocore.exceptions")
-    for code in ("PreconditionFailed", "ConditionalRequestConflict"):
-        answer = boto.ClientError({"Error": {"Code": code, "Message": "no"}}, "PutObject")
-        translated = errors.translate_boto_error(answer)
-        known = objects._error_code(translated) in objects._EXISTS_CODES
-        assert isinstance(translated, FileExistsError) or known
+@pytest.mark.parametrize("make", [local, local_url, memory, object_storage, files_through_fsspec])
+def test_ranges(make: Callable[[Path], ObjectStore], tmp_path: Path) -> None:
+    store = make(tmp_path)
+    data = bytes(range(200))
+    store.put("deep/k", data)
+    for start, count in ((0, 200), (0, 1), (7, 50), (199, 1), (3, 0)):
+        assert store.read_range("deep/k", start, count) == data[start : start + count]
+    for start, count in ((0, 201), (150, 51), (200, 1), (500, 3)):
+        with pytest.raises(DamagedError, match=f"deep/k ends at .* {count} bytes from {start} on"):
+            store.read_range("deep/k", start, count)
+    for count in (0, 5):
+        with pytest.raises(MissingError, match="no object .*/other"):
+            store.read_range("other", 0, count)
+
+
+@pytest.mark.parametrize("make", [local, local_url, memory, object_storage, files_through_fsspec])
+def test_keys(make: Callable[[Path], ObjectStore], tmp_path: Path) -> None:
+    store = make(tmp_path)
+    assert list(store.keys()) == [] and list(store.keys("a")) == []
+    names = ["a/1", "a/b/c/2", "a/b/3", "ab/4", "5"]
+    for name in names:
+        store.put(name, b"x")
+    assert sorted(store.keys()) == sorted(names)
+    assert sorted(store.keys("a")) == ["a/1", "a/b/3", "a/b/c/2"]
+    assert sorted(store.child("a").keys("b")) == ["b/3", "b/c/2"]
+    assert list(store.keys("none")) == [] and list(store.keys("5")) == []
 
 
 def test_json_is_one_document(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_damage_is_raised_at_the_batch_that_needs_it(damage: str, own_cache: Cac
         path.write_bytes(data[:-1] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
     seen = []
     with Reader(own_cache.open(), order, first_step=0, last_step=16, prefetch=3) as reader:
-        with pytest.raises(DamagedError, match=f"features.a.*c/{shard}/0/0.* run the encoding"):
+        with pytest.raises(DamagedError, match=f"features.a.*c/{shard}/0/0.* run `repa repair`"):
             for batch in reader:
                 seen.append(batch.step)
                 assert np.array_equal(batch.arrays[1], own_cache.plain[1][batch.rows])

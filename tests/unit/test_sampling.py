@@ -17,8 +17,7 @@ from PIL import Image
 from repa_pipeline.autoencoders.base import load_autoencoder
 from repa_pipeline.cli import main
 from repa_pipeline.config import SampleConfig
-from repa_pipeline.data.objects import open_store
-from repa_pipeline.engine.contracts import Shard
+from repa_pipeline.engine.contracts import Shard, run_phases
 from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.engine.run import run_stage
@@ -91,10 +90,14 @@ def sampler_of(workspace: Path, **changes: Any) -> Sampler:
     return Sampler(stage.config, stage.checkpoint, stage.spec.manifest)
 
 
+def ledgers(stage: SampleStage) -> dict[str, Ledger]:
+    (images,) = stage.outputs
+    return {images.name: Ledger(stage.store, "ledger", images.plan().fingerprint)}
+
+
 def make(workspace: Path, output: Path, **changes: Any) -> SampleStage:
     stage = sample_stage(config_of(workspace, output=str(output), **changes))
-    ledger = Ledger(open_store(stage.output), "ledger", stage.plan().fingerprint)
-    run_stage(stage, LocalExecutor(), ledger, Silent())
+    run_stage(stage, LocalExecutor(), ledgers(stage), Silent())
     return stage
 
 
@@ -123,10 +126,11 @@ def test_shards_in_any_order_and_number_are_the_same(workspace: Path, tmp_path: 
     whole = images_in(tmp_path / "whole")
 
     stage = sample_stage(config_of(workspace, output=str(tmp_path / "parts")))
-    stage.begin()
-    work = stage.open()
-    commits = [work(shard) for shard in reversed(stage.plan().shards)]
-    stage.seal(sorted(commits, key=lambda commit: commit.index))
+    (images,) = stage.outputs
+    images.begin()
+    work = stage.open({})
+    commits = [run_phases(work, shard)[0] for shard in reversed(images.plan().shards)]
+    images.seal(sorted(commits, key=lambda commit: commit.index))
     assert np.array_equal(images_in(tmp_path / "parts"), whole)
     assert all(
         (tmp_path / "parts" / key).read_bytes() == (tmp_path / "whole" / key).read_bytes()
@@ -135,14 +139,13 @@ def test_shards_in_any_order_and_number_are_the_same(workspace: Path, tmp_path: 
 
     # A killed run: one shard recorded, the other gone.
     resumed = sample_stage(config_of(workspace, output=str(tmp_path / "resumed")))
-    ledger = Ledger(open_store(resumed.output), "ledger", resumed.plan().fingerprint)
-    resumed.begin()
-    ledger.record(resumed.open()(Shard(1, 5, 10)))
-    result = run_stage(resumed, LocalExecutor(), ledger, Silent())
+    resumed.outputs[0].begin()
+    ledgers(resumed)["images"].record(run_phases(resumed.open({}), Shard(1, 5, 10))[0])
+    result = run_stage(resumed, LocalExecutor(), ledgers(resumed), Silent())
     assert result.num_new == 1
     assert np.array_equal(images_in(tmp_path / "resumed"), whole)
 
-    again = run_stage(resumed, LocalExecutor(), ledger, Silent())
+    again = run_stage(resumed, LocalExecutor(), ledgers(resumed), Silent())
     assert again.num_new == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 
 import google_crc32c
@@ -9,11 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from repa_pipeline.data.shards import RecordLayout, as_rows, pack_shard, read_records
-from repa_pipeline.errors import DamagedError
+from repa_pipeline.data.shards import (
+    RecordLayout,
+    as_rows,
+    check_shard,
+    pack_into,
+    pack_shard,
+    read_records,
+)
+from repa_pipeline.errors import DamagedError, UnknownNameError
 
 LAYOUT = RecordLayout((2, 3), "float16", 5)
-DTYPES = ["float16", "float32", "uint8", "int8"]
+DTYPES = ["float16", "float32", "uint8", "int8", "uint16"]
 
 
 def crc32c(data: bytes) -> int:
@@ -60,6 +68,34 @@ def test_every_byte_at_its_offset(dtype: str, num_rows: int) -> None:
     assert len(shard) == layout.shard_bytes(num_rows)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (7,)])
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_packing_over_rubbish_is_packing(shape: tuple[int, ...], num_rows: int) -> None:
+    """A reused buffer holds what an earlier, other shard left in it."""
+    layout = RecordLayout(shape, "float16", 5)
+    records = some_records(num_rows, layout)
+    buffer = bytearray(b"\xa5" * layout.shard_bytes(num_rows))
+    digest = pack_into(memoryview(buffer), records, layout)
+    assert buffer == pack_shard(records, layout)
+    crcs = b"".join(struct.pack("<I", crc32c(record.tobytes())) for record in records)
+    assert digest == "rows-crc32c:" + hashlib.sha256(crcs).hexdigest()
+    assert check_shard(buffer, num_rows, layout, "x")[1] == digest
+
+
+def test_the_digest_tells_shards_apart() -> None:
+    records = some_records(5, LAYOUT)
+    digests = {
+        check_shard(pack_shard(part, LAYOUT), len(part), LAYOUT, "x")[1]
+        for part in (records, records[:4], records[::-1], some_records(5, LAYOUT, seed=1))
+    }
+    assert len(digests) == 4
+
+
+def test_an_unknown_container_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="'tar': this package knows zarr, webdataset"):
+        RecordLayout((2, 3), "float16", 5, "tar")
+
+
 def test_crc32c_check_value() -> None:
     assert crc32c(b"123456789") == google_crc32c.value(b"123456789") == 0xE3069283
 
@@ -91,12 +127,17 @@ def test_records_of_another_kind_are_a_bug_of_the_caller() -> None:
             pack_shard(records, LAYOUT)
 
 
-def test_the_first_damaged_record_is_named() -> None:
+def test_damaged_rows_are_named() -> None:
     shard = pack_shard(some_records(5, LAYOUT), LAYOUT)
     shard[3 * LAYOUT.stride] ^= 1
+    with pytest.raises(DamagedError, match=r"^a/x: row 3 fails its crc32c .*; run `repa repair`$"):
+        read_records(shard, 5, LAYOUT, "a/x")
     shard[4 * LAYOUT.stride] ^= 1
-    with pytest.raises(DamagedError, match=r"^cache/x: record 3 fails its crc32c .* run the enc"):
-        read_records(shard, 5, LAYOUT, "cache/x")
+    with pytest.raises(DamagedError, match=r"^a/x: rows 13, 14 fail their crc32c .*; do this$"):
+        check_shard(shard, 5, LAYOUT, "a/x", 10, "do this")
+    many = RecordLayout((2,), "int8", 40)
+    with pytest.raises(DamagedError, match=r"rows 0, 1, 2, 3, 4, 5, 6, 7 and 32 more fail their"):
+        read_records(b"\1" * many.shard_bytes(40), 40, many, "x")
 
 
 @pytest.mark.parametrize("num_rows", [5, 2])
@@ -106,7 +147,7 @@ def test_a_flip_of_any_byte_is_found(num_rows: int) -> None:
     for position in range(len(shard)):
         shard[position] ^= 0x10
         if position < body:
-            expected = f"record {position // LAYOUT.stride} fails its crc32c"
+            expected = f"row {position // LAYOUT.stride} fails its crc32c"
         else:
             expected = "the shard index is damaged"
         with pytest.raises(DamagedError, match=expected):
@@ -119,13 +160,13 @@ def test_another_length_or_row_count_is_found() -> None:
     shard = bytes(pack_shard(some_records(5, LAYOUT), LAYOUT))
     for data in (shard[:-1], shard + b"\0", b"", shard[: LAYOUT.shard_bytes(4)], shard * 2):
         with pytest.raises(
-            DamagedError, match=f"got {len(data)} bytes, expected {len(shard)}; rem"
+            DamagedError, match=f"got {len(data)} bytes, expected {len(shard)}; run"
         ):
             read_records(data, 5, LAYOUT, "x")
     with pytest.raises(DamagedError, match="truncated or foreign"):
         read_records(shard, 4, LAYOUT, "x")
     foreign = bytes(range(256)) * (len(shard) // 256 + 1)
-    with pytest.raises(DamagedError, match="record 0 fails"):
+    with pytest.raises(DamagedError, match="rows 0, 1, 2, 3, 4 fail"):
         read_records(foreign[: len(shard)], 5, LAYOUT, "x")
 
 

@@ -13,8 +13,17 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from repa_pipeline.data.coalesce import (
+    MAX_GAP_BYTES,
+    MAX_REQUEST_BYTES,
+    Extent,
+    coalesce,
+    count_gets,
+    read_extents,
+)
 from repa_pipeline.data.files import Descriptors
-from repa_pipeline.data.patterns import expand_braces, split_list
+from repa_pipeline.data.items import finish_items
+from repa_pipeline.data.patterns import archive_kind, expand_braces, is_unpacked, split_list
 from repa_pipeline.data.scratch import Scratch, default_scratch_dir
 from repa_pipeline.data.source import Item, num_classes, open_source
 from repa_pipeline.data.tars import TarSource
@@ -347,6 +356,23 @@ def test_braces() -> None:
     assert split_list("simplecache::s3://b/c.tar") == ["simplecache::s3://b/c.tar"]
 
 
+def test_kinds_by_name() -> None:
+    assert archive_kind("A.TAR") == archive_kind("a.tgz") == archive_kind("t-*.tar.gz") == "tar"
+    assert archive_kind("x.parquet") == "parquet" and archive_kind("x.Zip") == "zip"
+    assert archive_kind("tar") is None and archive_kind("a.tar.bz2") is None
+    assert [n for n in ("a.tar.gz", "a.tgz", "a.parquet", "a.tar", "a.zip") if is_unpacked(n)] == [
+        *("a.tar.gz", "a.tgz", "a.parquet")
+    ]
+
+
+def test_kinds_are_not_mixed(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", b"")
+    write(tmp_path / "b.parquet", b"")
+    for url in (str(tmp_path), f"{tmp_path}/*", f"{tmp_path}/a.tar::{tmp_path}/b.parquet"):
+        with pytest.raises(DataError, match="holds several kinds of archives .'.*a.tar', '.*b.p"):
+            open_source(url)
+
+
 def test_tars_named_twice_or_spread_are_refused(tmp_path: Path, memory: str) -> None:
     split_set(tmp_path)
     with pytest.raises(DataError, match="t-00.tar is named twice"):
@@ -357,14 +383,18 @@ def test_tars_named_twice_or_spread_are_refused(tmp_path: Path, memory: str) -> 
 
 def test_nothing_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    write(tmp_path / "file.txt", b"")
     write(tmp_path / "file.zip", b"")
     for url, error, message in (
         ("missing", MissingError, "no image source at"),
         ("missing/a.tar", MissingError, "no tar at"),
         ("missing/*.tar", MissingError, "no tar at"),
         ("missing-{0..1}", MissingError, "a pattern must end in .tar"),
-        ("missing/*", MissingError, "no tar at"),
-        ("file.zip", DataError, "is a file"),
+        ("missing/*.parquet", MissingError, "no parquet at"),
+        ("missing.zip", MissingError, "no zip at"),
+        ("missing/*", MissingError, "no tar, parquet file or zip at"),
+        ("file.txt", DataError, "is a file"),
+        ("file.zip", DataError, "file.zip is not a whole zip"),
         ("empty", MissingError, "no images in"),
     ):
         with pytest.raises(error) as caught:
@@ -599,3 +629,52 @@ def test_num_classes_refusals() -> None:
     ):
         with pytest.raises(DataError, match=message):
             num_classes(bad, names)
+
+
+def test_coalesced_ranges() -> None:
+    gap, most = MAX_GAP_BYTES, MAX_REQUEST_BYTES
+    extents = [
+        Extent("b", 0, 10),  # another file
+        Extent("a", 100, 200),
+        None,
+        Extent("a", 0, 50),  # before its neighbour
+        Extent("a", 200 + gap, 300 + gap),  # the gap is just small enough
+        Extent("a", 301 + 2 * gap, 302 + 2 * gap),  # one byte too far
+        Extent("a", 100, 200),  # twice
+        Extent("c", 0, 2 * most),  # larger than a request
+        Extent("c", 5, 6),
+        Extent("d", 0, most - 1),
+        Extent("d", most - 1, most),
+        Extent("d", most, most + 1),
+    ]
+    assert coalesce(extents) == [[0], [3, 1, 6, 4], [2], [5], [7], [8], [9, 10], [11]]
+    assert coalesce([]) == [] and coalesce([None, None]) == [[0], [1]]
+    data = bytes(range(100))
+    asked = []
+
+    def fetch(start: int, num_bytes: int) -> bytes:
+        asked.append((start, num_bytes))
+        return data[start : start + num_bytes]
+
+    pieces = read_extents(fetch, [Extent("a", 7, 9), Extent("a", 2, 5), Extent("a", 95, 120)])
+    assert asked == [(2, 118)] and pieces == [data[7:9], data[2:5], data[95:]]
+
+
+def test_local_sources_ask_nobody(tmp_path: Path, scratch: str) -> None:
+    images = split_set(tmp_path / "set")
+    image_folder(tmp_path / "folder")
+    for url in (f"{tmp_path}/set", f"{tmp_path}/folder", "embedded:digits"):
+        source = open_source(url, scratch_dir=scratch)
+        items = source.items()[:12]
+        assert not source.is_remote and count_gets(source, items) == 0
+        assert source.groups(items) == [[i] for i in range(len(items))]
+        assert source.read_group(items) == [source.read(item) for item in items]
+    source = open_source(f"{tmp_path}/set", scratch_dir=scratch)
+    assert source.read_group(source.items()) == [images[item.key] for item in source.items()]
+
+
+def test_many_items_are_finished_in_one_pass() -> None:
+    items = [Item(f"k{i}", i % 7, f"{i % 7}/{i}.jpg", -1, 1) for i in range(50_000)]
+    finished = finish_items(items[::-1])
+    assert [item.path for item in finished] == sorted(item.path for item in items)
+    assert finish_items(finished) == finished

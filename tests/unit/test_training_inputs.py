@@ -48,7 +48,7 @@ def test_what_is_opened(tmp_path: Path) -> None:
     assert (described.resolution, described.latent_channels, described.latent_size) == (64, 4, 8)
     assert (described.num_classes, described.features[0].grid) == (3, (4, 4))
     assert set(inputs.digests()["arrays"]) == {array.spec.name for array in inputs.arrays}
-    assert open_inputs(toy_train_config(tmp_path, encoder=("none",))).features == ()
+    assert open_inputs(toy_train_config(tmp_path, encoder=("none",))).teachers == ()
 
 
 def test_auto_does_not_guess(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_an_unsealed_array_is_refused(tmp_path: Path) -> None:
     copy_array(tmp_path, "features.dinov2-s.64", seal=False)
     with pytest.raises(MissingError, match=r"features.dinov2-s.64 is unfinished \(no seal\): run"):
         open_inputs(toy_train_config(tmp_path, encoder=("dinov2-s",)))
-    assert len(open_inputs(toy_train_config(tmp_path)).features) == 1  # auto passes it over
+    assert len(open_inputs(toy_train_config(tmp_path)).teachers) == 1  # auto passes it over
 
 
 def test_arrays_of_other_rows_are_refused(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
 def test_method_sit_ignores_cached_features(tmp_path: Path) -> None:
     write_toy_cache(tmp_path)
     plan = plan_training(toy_train_config(tmp_path, method="sit"))
-    assert plan.inputs.features == () and plan.name == "sit-xs-2.vanilla"
+    assert plan.inputs.teachers == () and plan.name == "sit-xs-2.vanilla"
     with pytest.raises(ConfigError, match="method repa needs a teacher"):
         plan_training(toy_train_config(tmp_path, method="repa", encoder=("none",)))
 
@@ -177,7 +177,7 @@ def test_an_absent_or_short_shard_is_refused_before_the_first_step(tmp_path: Pat
         with pytest.raises(DamagedError, match=f"{len(data) - 1} bytes, truncated or foreign"):
             open_inputs(config)
         path.unlink()
-        with pytest.raises(DamagedError, match=r"is missing .*; remove it and run the encoding"):
+        with pytest.raises(DamagedError, match=r"is missing .*; run `repa repair`"):
             open_inputs(config)
         path.write_bytes(data)
     assert open_inputs(config).labels.tolist() == opened.labels.tolist()

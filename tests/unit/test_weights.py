@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 
@@ -136,3 +138,57 @@ def test_nested_torch_files(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"model": {"x": torch.ones(2)}, "epoch": 3}, path)
     assert torch.equal(load_state(path)["x"], torch.ones(2))
+
+
+def test_old_checkpoints_with_settings_and_numbers(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "checkpoint.pth.tar"
+    allowed = torch.serialization.get_safe_globals()
+    content = {
+        "args": argparse.Namespace(arch="vit_base", lr=0.1),
+        "best": np.float64(3.5), "steps": np.int64(7), "rates": np.arange(3.0),
+        "state_dict": {"x": torch.ones(2)},
+    }  # fmt: skip
+    for zipped in (True, False):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        assert torch.equal(load_state(path)["x"], torch.ones(2))
+    # As numpy 1 wrote its module's name, padded to the same length.
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert torch.equal(load_state(path)["x"], torch.ones(2))
+    assert torch.serialization.get_safe_globals() == allowed
+
+
+def test_state_is_taken_from_the_first_key_there_is(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    states = {key: {"x": torch.full((1,), float(i))} for i, key in enumerate("abc")}
+    torch.save({**states, "epoch": 3}, path)
+    assert load_state(path, ("b", "a"))["x"] == 1
+    assert load_state(path, ("d", "c"))["x"] == 2
+    with pytest.raises(DamagedError, match="no plain mapping"):
+        load_state(path)
+
+
+def test_code_in_a_checkpoint_is_named_and_never_run(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"model": {"x": torch.ones(2)}, "callback": _Opener()}, path)
+    with pytest.raises(DamagedError) as caught:
+        load_state(path)
+    message = str(caught.value)
+    assert "print, which could run code" in message
+    assert "torch.load(OLD, weights_only=False)[KEY OF ITS STATE]" in message
+    assert "\n" not in message and capsys.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_is_refused_with_what_to_do(tmp_path: pathlib.Path) -> None:
+    path, new = tmp_path / "clip.pt", tmp_path / "converted.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(DamagedError) as caught:
+        load_state(path)
+    message = str(caught.value)
+    assert "a TorchScript archive, which holds code" in message and "\n" not in message
+    advice = "torch.save(torch.jit.load(OLD, map_location='cpu').state_dict(), NEW)"
+    assert advice in message
+    exec(advice, {"torch": torch, "OLD": str(path), "NEW": str(new)})
+    assert set(load_state(new)) == {"weight", "bias"}

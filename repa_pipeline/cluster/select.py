@@ -1,0 +1,62 @@
+"""Settings -> executor: where shards run. Ray is imported only once it is chosen and used."""
+
+from __future__ import annotations
+
+import os
+
+from repa_pipeline.cluster.executor import RayExecutor
+from repa_pipeline.cluster.placement import Wish
+from repa_pipeline.cluster.scheduler import Policy
+from repa_pipeline.config import ClusterConfig
+from repa_pipeline.engine.contracts import Executor
+from repa_pipeline.engine.local import LocalExecutor
+
+
+def choose_executor(config: ClusterConfig) -> Executor:
+    """This process, or Ray.
+
+    `auto` is Ray where an address is configured (--address, RAY_ADDRESS) or the machine has
+    several CUDA devices to use, else this process. Raises ConfigError for an address of a kind
+    that cannot be used.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
+    wants_ray = bool(address) or _num_devices(config.device) > 1
+    if config.executor == "local" or (config.executor == "auto" and not wants_ray):
+        return LocalExecutor(config.retries)
+    return RayExecutor(_wish(config), _policy(config), address, config.plugins, _shared(config))
+
+
+def _wish(config: ClusterConfig) -> Wish:
+    return Wish(
+        device=config.device,
+        workers=config.workers,
+        worker_gpus=config.worker_gpus,
+        worker_cpus=config.worker_cpus,
+        threads=config.threads or int(os.environ.get("OMP_NUM_THREADS", 0)),
+        decode_threads=getattr(config, "decode_threads", 0),
+    )
+
+
+def _policy(config: ClusterConfig) -> Policy:
+    return Policy(
+        retries=config.retries,
+        straggler_factor=config.straggler_factor,
+        shard_timeout_s=config.shard_timeout_s,
+    )
+
+
+def _shared(config: ClusterConfig) -> str | None:
+    """The workspace where it is a folder, which workers on other machines must see."""
+    for protocol in ("file://", "local://"):
+        if config.workspace.startswith(protocol):
+            return config.workspace.removeprefix(protocol)
+    return None if "://" in config.workspace else config.workspace
+
+
+def _num_devices(device: str) -> int:
+    """CUDA devices that `device` may use on this machine."""
+    if device not in ("auto", "cuda"):
+        return 1
+    import torch
+
+    return int(torch.cuda.device_count())

@@ -1,0 +1,127 @@
+"""The Ray session of this process: join a running one, start one, and end only what we started."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from repa_pipeline.device import cpu_count
+from repa_pipeline.errors import ConfigError, StageError
+
+# Only settings, shards and commits pass through the object store: Ray's smallest will do.
+OBJECT_STORE_BYTES = 80 * 2**20
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+def check_address(address: str | None) -> None:
+    """Raises ConfigError for an address of a kind that shards cannot be driven through."""
+    if address and "://" in address:
+        raise ConfigError(
+            f"--address {address}: expected HOST:PORT of a Ray cluster's head (6379 by default), "
+            "auto or local; with a ray:// or http:// address, run this command on the cluster: "
+            "`ray job submit -- repa ...`"
+        )
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, num_gpus: int | None = None) -> Iterator[bool]:
+    """Inside, Ray is connected; the value says whether it is a cluster of our own.
+
+    A session this process has already is used and left as it is. Raises StageError when no
+    cluster answers at `address`.
+    """
+    is_local = address in (None, "", "local")
+    with _environment(is_local), _keeping_sigterm():
+        import ray
+
+        was_there = ray.is_initialized()
+        if not was_there:
+            _connect(ray, address, is_local, num_gpus)
+    try:
+        yield is_local and not was_there
+    finally:
+        if not was_there:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, is_local: bool, num_gpus: int | None) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if is_local:
+            ray.init(
+                address="local",
+                num_cpus=cpu_count(),
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StageError(
+            f"no Ray cluster to use at --address {address or 'local'}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    # Ray prints a page on standard output for every dead worker; the driver says it in a line.
+    with contextlib.suppress(AttributeError):
+        ray._private.worker.global_worker.gcs_error_subscriber.close()
+
+
+@contextlib.contextmanager
+def _environment(is_local: bool) -> Iterator[None]:
+    """What Ray reads from the environment when it is imported and started."""
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if is_local:  # a cluster of one machine listens on the loopback interface alone
+        wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit where it would kill, so that workers are ended first."""
+    if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    came: list[int] = []
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    except SystemExit:
+        if came:  # within a call of Ray the status was lost
+            raise SystemExit(EXIT_TERMINATED) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Inside, Ray may set its handler of SIGTERM; after, the one before is back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

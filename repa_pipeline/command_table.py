@@ -1,0 +1,86 @@
+"""The commands of `repa`: settings, help line, the function that runs it. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from repa_pipeline.config import (
+    CommonConfig,
+    EncodeAllConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    IndexConfig,
+    LatentsConfig,
+    ReportConfig,
+    RunsConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from repa_pipeline.config_plan import PlanConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """`action` is "module:function" and takes the settings; `positional` maps settings that are
+    arguments without a flag to the name that help shows."""
+
+    config: type[CommonConfig]
+    action: str
+    summary: str
+    positional: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+COMMAND_TABLE: Mapping[str, Command] = {
+    "index": Command(
+        IndexConfig,
+        "repa_pipeline.commands:run_index",
+        "List the source's images and fix their order; encode-latents does it when needed.",
+    ),
+    "encode-latents": Command(
+        LatentsConfig,
+        "repa_pipeline.commands:encode_latents",
+        "Encode every image with the autoencoder and store its moments.",
+    ),
+    "cache-features": Command(
+        FeaturesConfig,
+        "repa_pipeline.commands:cache_features",
+        "Run frozen teachers over every image and store their patch tokens.",
+    ),
+    "encode": Command(
+        EncodeAllConfig,
+        "repa_pipeline.commands:encode_all",
+        "Do both from one decode of each image: latents and teacher tokens.",
+    ),
+    "plan": Command(
+        PlanConfig,
+        "repa_pipeline.commands_plan:plan",
+        "Estimate a cache: bytes, requests, device hours, and whether it pays.",
+    ),
+    "train": Command(
+        TrainConfig,
+        "repa_pipeline.commands:train",
+        "Train a diffusion transformer from the cache, with alignment or without.",
+        {"name": "NAME"},
+    ),
+    "sample": Command(
+        SampleConfig, "repa_pipeline.commands:sample", "Make images from a run's EMA weights."
+    ),
+    "evaluate": Command(
+        EvaluateConfig,
+        "repa_pipeline.commands:evaluate",
+        "Score samples: Fréchet distance, inception score, precision, recall.",
+    ),
+    "runs": Command(
+        RunsConfig, "repa_pipeline.commands:runs", "List the training runs of the workspace."
+    ),
+    "report": Command(
+        ReportConfig,
+        "repa_pipeline.commands:report",
+        "Make one self-contained page from the results in the workspace.",
+    ),
+}
+
+COMMANDS: Mapping[str, type[CommonConfig]] = {
+    name: command.config for name, command in COMMAND_TABLE.items()
+}
