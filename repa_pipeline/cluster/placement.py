@@ -9,8 +9,7 @@ from repa_pipeline.errors import ConfigError
 
 # Resources of one node as Ray names them: {"CPU": 8.0, "GPU": 1.0, ...}.
 Node = Mapping[str, float]
-# A CPU worker's threads are all cores of the largest node size that leaves at most this share of
-# the cluster's cores unused.
+# A CPU worker has the largest number of threads that leaves at most this share of the cores unused.
 MAX_UNUSED = 0.1
 
 
@@ -96,18 +95,17 @@ def _cpus_beside_gpu(wish: Wish, gpus: float, nodes: Sequence[Node]) -> float:
 
 
 def _threads(workers: int, sizes: Sequence[float]) -> int:
-    """All cores of a node, shared by the workers where their number is given."""
-    total = sum(sizes)
-    if not total:
-        return 1
+    """All cores of a node; as many as leave room for `workers` where their number is given."""
+    largest = int(max(sizes, default=0))
+    downwards = range(largest, 0, -1)
     if workers:
-        return max(1, min(int(max(sizes)), int(total) // workers))
-    good = [size for size in sizes if size and _used(size, sizes) >= (1 - MAX_UNUSED) * total]
-    return max(1, int(max(good, default=min(size for size in sizes if size))))
+        return next((t for t in downwards if _count(t, sizes) >= workers), 1)
+    used = {t: t * _count(t, sizes) for t in downwards}
+    return next((t for t in downwards if used[t] >= (1 - MAX_UNUSED) * sum(sizes)), 1)
 
 
-def _used(size: float, sizes: Sequence[float]) -> float:
-    return sum(other // size * size for other in sizes)
+def _count(threads: int, sizes: Sequence[float]) -> int:
+    return sum(int(size) // threads for size in sizes)
 
 
 def _sizes(nodes: Sequence[Node]) -> list[float]:

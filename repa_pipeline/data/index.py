@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,6 +129,7 @@ def write_index(
         "rows_digest": rows_digest(rows),
         **manifest,
     }
+    complete["manifest_sha256"] = _digest(complete)
     store.put("manifest.json", json_bytes(complete))
 
 
@@ -141,7 +143,19 @@ def read_manifest(store: ObjectStore) -> dict[str, Any]:
             f"{store.url}/manifest.json has format version {manifest.get('format_version')!r}, "
             f"this package reads {FORMAT_VERSION}: use the package version that wrote it"
         )
+    # Caches made before manifests carried their own checksum have none.
+    if "manifest_sha256" in manifest and manifest["manifest_sha256"] != _digest(manifest):
+        raise DamagedError(
+            f"{store.url}/manifest.json is damaged, its checksum is not the recorded one: restore "
+            "it from a copy, or remove it and run `repa index` again"
+        )
     return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's other entries."""
+    others = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(store: ObjectStore) -> Index:

@@ -26,7 +26,7 @@ from repa_pipeline.data.index import (
     read_manifest,
     write_index,
 )
-from repa_pipeline.data.objects import ObjectStore, json_bytes, open_store
+from repa_pipeline.data.objects import ObjectStore, get_json, json_bytes, open_store
 from repa_pipeline.data.source import Item, Source, num_classes, open_source
 from repa_pipeline.data.tables import TableRows, table_bytes
 from repa_pipeline.engine.contracts import (
@@ -46,6 +46,7 @@ from repa_pipeline.errors import DamagedError, DataError, MismatchError, Missing
 
 _PART_ITEMS = 512
 _PARTS = "index.parts"
+_CLAIM = f"{_PARTS}/claim"
 _LISTING = f"{_PARTS}/listing.parquet"
 _LISTING_TYPES = {
     "key": "string",
@@ -133,11 +134,33 @@ class IndexStage:
         return (self,)
 
     def begin(self) -> None:
-        """Writes the listing, so that workers need not list the source again."""
+        """Claims the workspace for these settings and writes the listing, so that workers need
+        not list the source again.
+
+        Raises MismatchError when an index of other settings was begun here.
+        """
         if not self.is_sealed():
+            self._claim()
             items = _items(self.config)
             columns = {name: [getattr(item, name) for item in items] for name in _LISTING_TYPES}
             cache_store(self.config).put(_LISTING, table_bytes(columns, _LISTING_TYPES))
+
+    def _claim(self) -> None:
+        """Of two commands with different settings on one fresh workspace, one goes on."""
+        store = cache_store(self.config)
+        claim = {"source": self.config.source, "shard_rows": self.config.shard_rows}
+        claim |= {"permutation_seed": self.config.permutation_seed}
+        claim |= _decode_settings(self.config)
+        if store.put_new(_CLAIM, json_bytes(claim)):
+            return
+        difference = first_difference(get_json(store, _CLAIM), claim)
+        if difference:
+            name, there, here = difference
+            raise MismatchError(
+                f"an index with other settings was begun at {store.url}: {name} is {there!r} "
+                f"there, {here!r} now; set it back, or remove {store.url}/{_PARTS} if nobody is "
+                "making it"
+            )
 
     def open(self, wanted: Wanted) -> Work:
         source, store = open_config_source(self.config), cache_store(self.config)

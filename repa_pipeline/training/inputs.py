@@ -196,11 +196,15 @@ def part_name(array_name: str) -> str:
 
 def _check_rows(array: SealedArray, manifest: Mapping[str, Any]) -> None:
     got, expected = array.spec.manifest["rows_digest"], manifest["rows_digest"]
-    if got != expected or array.spec.num_rows != manifest["num_rows"]:
+    differences = []
+    if got != expected:
+        differences.append(f"row digest {got[:12]}, expected {expected[:12]}")
+    if array.spec.num_rows != manifest["num_rows"]:
+        differences.append(f"{array.spec.num_rows} rows, expected {manifest['num_rows']}")
+    if differences:
         raise MismatchError(
-            f"{array.where} holds other rows than the index (row digest {got[:12]}, expected "
-            f"{expected[:12]}; {array.spec.num_rows} rows, expected {manifest['num_rows']}): "
-            "it belongs to another cache; remove it and encode again"
+            f"{array.where} holds other rows than the index ({'; '.join(differences)}): it belongs "
+            "to another cache; remove it and encode again"
         )
 
 

@@ -329,3 +329,36 @@ def test_a_damaged_index(source: Path) -> None:
 
 def test_content_digest_is_blake2b_128() -> None:
     assert content_digest(b"abc") == "cf4ab791c62b8d2b2109c90275287816"
+
+
+def test_of_two_commands_with_other_settings_one_goes_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins while the first is at work: it is refused, and the first finishes."""
+    expected = build(dataclasses.replace(config(source), workspace=str(source.parent / "x")))
+    plain = IndexStage.open
+    refused: list[str] = []
+
+    def open_(self: IndexStage, wanted: object) -> object:
+        monkeypatch.setattr(IndexStage, "open", plain)
+        for changes in ({"permutation_seed": 5}, {"shard_rows": 8}):
+            with pytest.raises(MismatchError) as caught:
+                build(dataclasses.replace(config(source), **changes))
+            refused.append(str(caught.value))
+        return self.open({})
+
+    monkeypatch.setattr(IndexStage, "open", open_)
+    assert build(config(source)) == expected
+    assert "permutation_seed is 0 there, 5 now; set it back, or remove" in refused[0]
+    assert "shard_rows is 0 there, 8 now" in refused[1]
+    assert cache_store(config(source)).list("index.parts") == []
+
+
+def test_a_damaged_manifest_is_found(source: Path) -> None:
+    build(config(source))
+    path = source.parent / "work/cache/manifest.json"
+    data = path.read_bytes()
+    digest = read_manifest(cache_store(config(source)))["rows_digest"]
+    path.write_bytes(data.replace(digest.encode(), digest[::-1].encode()))
+    with pytest.raises(DamagedError, match="manifest.json is damaged, its checksum"):
+        read_manifest(cache_store(config(source)))
