@@ -67,9 +67,10 @@ def _parameter(command: str, field: dataclasses.Field[Any], hint: Any) -> inspec
     help_text = field.metadata["help"] + _default_text(command, field)
     if field.metadata["choices"]:
         help_text += f"  ({', '.join(field.metadata['choices'])})"
-    flag = "--" + field.name.replace("_", "-")
+    # A name that Python keeps for itself ends in "_": from_ is --from.
+    flag = "--" + field.name.rstrip("_").replace("_", "-")
     flags, metavar, kind = [flag], None, hint
-    if hint is bool:
+    if hint in (bool, bool | None):
         flags, kind = [f"{flag}/--no-{flag[2:]}"], bool | None
     elif typing.get_origin(hint) is tuple:
         many = typing.get_args(hint)[-1] is Ellipsis

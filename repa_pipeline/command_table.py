@@ -17,6 +17,8 @@ from repa_pipeline.config import (
     SampleConfig,
     TrainConfig,
 )
+from repa_pipeline.config_care import CopyConfig, RepairConfig, VerifyConfig
+from repa_pipeline.config_exchange import ExportConfig, ImportConfig, InspectConfig
 from repa_pipeline.config_plan import PlanConfig
 
 
@@ -56,6 +58,39 @@ COMMAND_TABLE: Mapping[str, Command] = {
         PlanConfig,
         "repa_pipeline.commands_plan:plan",
         "Estimate a cache: bytes, requests, device hours, and whether it pays.",
+    ),
+    "inspect": Command(
+        InspectConfig,
+        "repa_pipeline.commands_exchange:inspect",
+        "Show what is in a cache, with pictures; --fidelity compares it with its source.",
+    ),
+    "verify": Command(
+        VerifyConfig,
+        "repa_pipeline.commands_care:verify",
+        "Check every stored byte of a cache against its checksums; name what is damaged.",
+    ),
+    "repair": Command(
+        RepairConfig,
+        "repa_pipeline.commands_care:repair",
+        "Make damaged or missing shards again, by the array's own recipe.",
+    ),
+    "copy": Command(
+        CopyConfig,
+        "repa_pipeline.commands_care:copy",
+        "Copy a cache from one workspace to another, verified.",
+        {"origin": "FROM", "target": "TO"},
+    ),
+    "export": Command(
+        ExportConfig,
+        "repa_pipeline.commands_exchange:export",
+        "Write a cache in the reference's format, or as webdataset tars.",
+        {"destination": "DESTINATION"},
+    ),
+    "import": Command(
+        ImportConfig,
+        "repa_pipeline.commands_exchange:import_",
+        "Make a cache of a reference set or of exported tars, without encoding.",
+        {"source": "SOURCE"},
     ),
     "train": Command(
         TrainConfig,

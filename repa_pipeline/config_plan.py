@@ -10,15 +10,19 @@ from repa_pipeline.settings import check_not_negative, check_positive, setting
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(EncodeAllConfig):
-    """`repa plan`: what a cache costs and saves. The settings of `repa encode` say which cache."""
+    """`repa plan`: what a cache costs and saves. The settings of `repa encode` say which cache;
+    the only encoder "none" plans latents alone."""
 
     num_images: int = setting(
-        0, "Images (0: those of the workspace's index, else ImageNet's).", check=check_not_negative
+        0,
+        "Images (0: those of the workspace's index, else ImageNet's train set).",
+        check=check_not_negative,
     )
     image_bytes: int = setting(
-        0, "Bytes of a source image (0: the index's mean, else ImageNet's).",
+        0,
+        "Bytes of a source image (0: the index's mean, else ImageNet's).",
         check=check_not_negative,
-    )  # fmt: skip
+    )
     devices: int = setting(8, "Devices of the cluster.", check=check_positive)
     devices_per_node: int = setting(8, "Devices of a node.", check=check_positive)
     cores_per_node: int = setting(
@@ -30,5 +34,4 @@ class PlanConfig(EncodeAllConfig):
     runs: int = setting(1, "Training runs that will use the cache.", check=check_positive)
     rates: str | None = setting(None, "TOML file of rates and prices (docs/plan.md).")
     probe: bool = setting(True, "Measure rates that the file does not give on this machine.")
-    probe_batch: int = setting(8, "Images of a probe's forward pass.", check=check_positive)
     json: bool = setting(False, "Print one JSON object instead of text.")

@@ -44,6 +44,7 @@ class Resolved:
 _PATHS = (
     *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
     *("weights", "decoder_weights", "network_weights", "output", "rates"),
+    *("origin", "target", "destination"),
 )
 _ENTRY_TABLES = ("encoders", "autoencoders", "models", "methods", "networks")
 
@@ -120,7 +121,10 @@ def _cached_source(workspace: str) -> str | None:
 
 
 def _flag_layer(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    return {name: (value, "flag --" + name.replace("_", "-")) for name, value in given.items()}
+    return {
+        name: (value, "flag --" + name.rstrip("_").replace("_", "-"))
+        for name, value in given.items()
+    }
 
 
 def _environment_layer(

@@ -6,7 +6,9 @@ when training reads them, and undone by `unscale_latents` before decoding.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from repa_pipeline.autoencoders import AUTOENCODERS, AutoencoderSpec
 from repa_pipeline.autoencoders.scaling import scale_by, unscale_by
 from repa_pipeline.encoders.precision import FLOAT32, autocast, check_dtype, compiled
-from repa_pipeline.errors import ConfigError, MismatchError
+from repa_pipeline.encoders.randomised import RANDOM, build_random, find_build, unbuildable
+from repa_pipeline.errors import ConfigError, MismatchError, MissingError
 from repa_pipeline.tables import resolve
 from repa_pipeline.weights import file_sha256, resolve_weights
 
@@ -145,6 +148,37 @@ def load_autoencoder(
         spec,
         network,
         weights_sha256=file_sha256(path),
+        device=device,
+        dtype=dtype,
+        compile=compile,
+    )
+
+
+def load_random_autoencoder(
+    spec: AutoencoderSpec,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = FLOAT32,
+    compile: bool = False,
+) -> Autoencoder:
+    """An autoencoder with seeded random weights, for probes and benchmarks; its `weights_sha256`
+    is "random".
+
+    One that cannot be built without its file (a plugin without `build`) is loaded from the local
+    file that its entry names. Raises ConfigError (dtype), MissingError without either.
+    """
+    check_precision(spec, dtype)
+    build = find_build(spec.loader)
+    if build is None:
+        if spec.weights is None:
+            why = "there is no `build` by its loader"
+            raise MissingError(unbuildable("autoencoder", spec.name, why))
+        return load_autoencoder(spec, device=device, dtype=dtype, compile=compile)
+    made = build_random(functools.partial(build, spec), torch.device(device))
+    return Autoencoder(
+        spec,
+        cast(AutoencoderNetwork, made),
+        weights_sha256=RANDOM,
         device=device,
         dtype=dtype,
         compile=compile,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repa_pipeline.autoencoders import AutoencoderSpec
 from repa_pipeline.autoencoders.base import AutoencoderNetwork
+from repa_pipeline.encoders.randomised import local_config
 from repa_pipeline.errors import MismatchError
 from repa_pipeline.weights import fit_state, load_config, load_state
 
@@ -62,10 +63,19 @@ def load(spec: AutoencoderSpec, path: Path) -> KLNetwork:
     return KLNetwork(vae)
 
 
-def build_kl(config: Mapping[str, Any]) -> Any:
-    """diffusers' network without weights: on the meta device, drawing no random numbers."""
+def build(spec: AutoencoderSpec, device: str) -> KLNetwork:
+    """The network of `spec` without its weights, on `device`.
+
+    An entry without `config` is built from the metadata of its weights file. Raises MissingError.
+    """
+    config = spec.config or local_config("autoencoder", spec.name, spec.weights)
+    return KLNetwork(build_kl(config, device))
+
+
+def build_kl(config: Mapping[str, Any], device: str = "meta") -> Any:
+    """diffusers' network without weights: on the meta device it draws no random numbers."""
     untyped: Any = AutoencoderKL
-    with torch.device("meta"):
+    with torch.device(device):
         return untyped(**config)
 
 

@@ -45,11 +45,17 @@ def load(spec: AutoencoderSpec, path: Path) -> TinyNetwork:
 
     Raises DamagedError and MismatchError.
     """
+    network = build(spec, "meta")
+    what = f"autoencoder '{spec.name}'"
+    fit_state(network.vae, from_own_naming(load_state(path)), path, what)
+    return network
+
+
+def build(spec: AutoencoderSpec, device: str) -> TinyNetwork:
+    """AutoencoderTiny without its weights, on `device`."""
     untyped: Any = AutoencoderTiny
-    with torch.device("meta"):
-        vae = untyped(**spec.config)
-    fit_state(vae, from_own_naming(load_state(path)), path, f"autoencoder '{spec.name}'")
-    return TinyNetwork(vae)
+    with torch.device(device):
+        return TinyNetwork(untyped(**spec.config))
 
 
 def from_own_naming(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

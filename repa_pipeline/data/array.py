@@ -344,12 +344,12 @@ def open_sealed(store: ObjectStore, name: str, made_by: str) -> SealedArray:
             f"{store.url}/{key} has format version {seal.get('format_version')!r}, this package "
             f"reads {FORMAT_VERSION}: use the package version that wrote it"
         )
-    spec = _parse_seal(f"{store.url}/{key}", name, seal, made_by)
+    spec = parse_seal(f"{store.url}/{key}", name, seal, made_by)
     _check_metadata(store, spec, get_json(store, spec.metadata_key))
     return SealedArray(store, spec, tuple(seal["shards"]))
 
 
-def _parse_seal(where: str, name: str, seal: dict[str, Any], made_by: str) -> ArraySpec:
+def parse_seal(where: str, name: str, seal: dict[str, Any], made_by: str) -> ArraySpec:
     digest = seal.pop("seal_sha256", None)
     try:
         shape, container = tuple(seal["record_shape"]), seal.get("container", "zarr")
@@ -357,12 +357,12 @@ def _parse_seal(where: str, name: str, seal: dict[str, Any], made_by: str) -> Ar
         spec = ArraySpec(name, seal["num_rows"], layout, seal["manifest"])
     except (KeyError, TypeError) as error:
         raise DamagedError(
-            f"{where} is not a seal of this package ({error}): remove it and run "
-            f"`repa {made_by}` again"
+            f"{where} is not a seal of this package ({error}): run `repa repair`, or remove it and "
+            f"run `repa {made_by}` again"
         ) from error
     if digest != fingerprint(seal):
         raise DamagedError(
-            f"{where} is damaged, its checksum is not the recorded one: remove it and run "
-            f"`repa {made_by}` again"
+            f"{where} is damaged, its checksum is not the recorded one: run `repa repair`, or "
+            f"remove it and run `repa {made_by}` again"
         )
     return spec

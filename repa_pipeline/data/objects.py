@@ -109,13 +109,12 @@ class LocalStore:
 
     def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
         try:
-            with open(self.root / key, "rb", buffering=0) as file:
+            with open(self.root / key, "rb") as file:
                 file.seek(start)
-                data = bytearray(num_bytes)
-                count = min(_read_all(file, memoryview(data)), num_bytes)
+                data = file.read(num_bytes)
         except ABSENT as error:
             raise MissingError(f"no object {self.root / key}") from error
-        return whole_range(bytes(data[:count]), str(self.root / key), start, num_bytes)
+        return whole_range(data, str(self.root / key), start, num_bytes)
 
     def size(self, key: str) -> int | None:
         path = self.root / key

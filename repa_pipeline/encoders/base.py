@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from repa_pipeline.encoders import ENCODERS, PATCH, PATCH_CLS, EncoderSpec
 from repa_pipeline.encoders.precision import FLOAT32, autocast, check_dtype, compiled
 from repa_pipeline.encoders.preprocess import preprocess
-from repa_pipeline.errors import MismatchError
+from repa_pipeline.encoders.randomised import RANDOM, build_random, find_build, unbuildable
+from repa_pipeline.errors import MismatchError, MissingError
 from repa_pipeline.tables import resolve
 from repa_pipeline.weights import file_sha256, resolve_weights
 
@@ -109,3 +111,59 @@ def load_encoder(
         dtype=dtype,
         compile=compile,
     )
+
+
+def load_random_encoder(
+    spec: EncoderSpec,
+    *,
+    resolution: int,
+    device: str | torch.device = "cpu",
+    dtype: str = FLOAT32,
+    compile: bool = False,
+) -> Encoder:
+    """A teacher with seeded random weights, for probes and benchmarks; its `weights_sha256` is
+    "random".
+
+    One that cannot be built without its file (a plugin without `build`) is loaded from the local
+    file that its entry names. Raises ConfigError (resolution, dtype), MissingError without either.
+    """
+    spec.input_size(resolution)
+    check_dtype(dtype)
+    build = find_build(spec.loader)
+    if build is None:
+        _need_weights(spec)
+        return load_encoder(
+            spec, resolution=resolution, device=device, dtype=dtype, compile=compile
+        )
+    made = build_random(functools.partial(build, spec, resolution), torch.device(device))
+    return Encoder(
+        spec,
+        made,
+        resolution=resolution,
+        weights_sha256=RANDOM,
+        device=device,
+        dtype=dtype,
+        compile=compile,
+    )
+
+
+def build_network(spec: EncoderSpec, resolution: int) -> nn.Module:
+    """The network of a teacher on the meta device, where operations are counted, not computed.
+
+    float32 [B, 3, S, S] with S = spec.input_size(resolution) -> tokens. Raises ConfigError for the
+    resolution, MissingError for an entry that cannot be built without its weights.
+    """
+    spec.input_size(resolution)
+    build = find_build(spec.loader)
+    if build is None:
+        _need_weights(spec)
+        network: nn.Module = resolve(spec.loader)(spec, resolution, find_encoder_weights(spec))
+        return network.to("meta").eval()
+    built: nn.Module = build(spec, resolution, "meta")
+    return built.eval()
+
+
+def _need_weights(spec: EncoderSpec) -> None:
+    """Raises MissingError when the entry names no local file; the hub is not asked."""
+    if spec.weights is None:
+        raise MissingError(unbuildable("encoder", spec.name, "there is no `build` by its loader"))

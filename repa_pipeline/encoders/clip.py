@@ -20,8 +20,10 @@ from repa_pipeline.encoders.names import (
     with_batch_axis,
     without,
 )
-from repa_pipeline.encoders.timm_vit import VitTokens, fit_vit
+from repa_pipeline.encoders.timm_vit import VitTokens, build, fit_vit
 from repa_pipeline.weights import load_state
+
+__all__ = ["build", "from_published", "load"]
 
 OPENAI: Renames = (
     (r"^class_embedding$", "cls_token"),

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.encoders.names import State, from_hf_vit, under
-from repa_pipeline.encoders.timm_vit import VitTokens, fit_vit
+from repa_pipeline.encoders.timm_vit import VitTokens, build, fit_vit
 from repa_pipeline.weights import STATE_KEYS, load_state
+
+__all__ = ["build", "from_published", "load"]
 
 
 def load(spec: EncoderSpec, resolution: int, path: Path) -> VitTokens:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.encoders.names import State, rename
-from repa_pipeline.encoders.timm_vit import VitTokens, fit_vit
+from repa_pipeline.encoders.timm_vit import VitTokens, build, fit_vit
 from repa_pipeline.weights import load_state
+
+__all__ = ["build", "from_meta", "load"]
 
 # SwiGLU layers of DINOv2-g: Meta's names on the left, timm's on the right.
 META_RENAMES = ((r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))

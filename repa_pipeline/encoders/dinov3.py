@@ -45,6 +45,12 @@ def load(spec: EncoderSpec, resolution: int, path: Path) -> VitTokens:
     return VitTokens(vit, spec.class_token)
 
 
+def build(spec: EncoderSpec, resolution: int, device: str) -> VitTokens:
+    """DINOv3 without its weights, on `device`; without the query and value biases."""
+    config = {**spec.config, "qkv_bias": False}
+    return VitTokens(build_vit(config, spec.input_size(resolution), device), spec.class_token)
+
+
 def from_meta(state: Mapping[str, Tensor]) -> State:
     """Meta's published parameter names as timm's; timm's own pass unchanged."""
     renamed = rename(without(state, (PERIODS, "mask_token", "local_cls_norm.")), META_RENAMES)

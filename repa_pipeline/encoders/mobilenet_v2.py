@@ -103,6 +103,12 @@ def load(spec: EncoderSpec, resolution: int, path: Path) -> MobileNetV2:
     return load_mobilenet_v2(path, int(spec.config["output_stride"]))
 
 
+def build(spec: EncoderSpec, resolution: int, device: str) -> MobileNetV2:
+    """MobileNetV2 without its weights, on `device`."""
+    with torch.device(device):
+        return MobileNetV2(int(spec.config["output_stride"]))
+
+
 def load_mobilenet_v2(path: str | Path, output_stride: int) -> MobileNetV2:
     """MobileNetV2 with the quantised weights in `path`, whose classifier is kept too."""
     with torch.device("meta"):

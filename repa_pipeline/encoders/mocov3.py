@@ -13,8 +13,10 @@ from torch import Tensor
 
 from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.encoders.names import State, rename, under, without
-from repa_pipeline.encoders.timm_vit import VitTokens, fit_vit
+from repa_pipeline.encoders.timm_vit import VitTokens, build, fit_vit
 from repa_pipeline.weights import load_state
+
+__all__ = ["build", "from_published", "load"]
 
 PREFIXES = ("module.base_encoder.", "module.momentum_encoder.", "module.")
 # The published ViT-L misnames layers of two of its blocks.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.encoders.names import State, without
 from repa_pipeline.encoders.preprocess import resample_pos_embed
+from repa_pipeline.encoders.randomised import local_config
 from repa_pipeline.errors import MismatchError
 from repa_pipeline.weights import fit_state, load_config, load_state
 
@@ -67,21 +68,39 @@ def fit_vit(
             "file with timm's VisionTransformer settings as JSON under `config`"
         )
     vit = build_vit(config, spec.input_size(resolution))
-    if spec.class_token and vit.cls_token is None:
-        raise MismatchError(f"{what} has no class token, its table entry says it has: correct it")
+    _check_class_token(spec, vit)
     unused = ("norm.",) if isinstance(vit.norm, nn.Identity) else ()
     fitting = resampled(vit, without(state, unused), spec.grid(resolution), path, what)
     fit_state(vit, fitting, path, what)
     return VitTokens(vit, spec.class_token)
 
 
-def build_vit(config: Mapping[str, Any], img_size: int) -> Any:
-    """timm's network without weights: on the meta device, drawing no random numbers."""
+def build(spec: EncoderSpec, resolution: int, device: str) -> VitTokens:
+    """The network of `spec` without its weights, on `device`.
+
+    An entry without `config` is built from the metadata of its weights file. Raises MissingError
+    and MismatchError.
+    """
+    config = spec.config or local_config("encoder", spec.name, spec.weights)
+    vit = build_vit(config, spec.input_size(resolution), device)
+    _check_class_token(spec, vit)
+    return VitTokens(vit, spec.class_token)
+
+
+def build_vit(config: Mapping[str, Any], img_size: int, device: str = "meta") -> Any:
+    """timm's network without weights: on the meta device it draws no random numbers."""
     settings = {**config, "img_size": img_size, "num_classes": 0, "global_pool": ""}
-    with torch.device("meta"):
+    with torch.device(device):
         if "architecture" in settings:
             return timm.create_model(settings.pop("architecture"), pretrained=False, **settings)
         return VisionTransformer(**settings)
+
+
+def _check_class_token(spec: EncoderSpec, vit: Any) -> None:
+    if spec.class_token and vit.cls_token is None:
+        raise MismatchError(
+            f"encoder '{spec.name}' has no class token, its table entry says it has: correct it"
+        )
 
 
 def resampled(

@@ -1,7 +1,8 @@
 """`repa plan`: what a cache will cost before a machine is rented, and whether it pays.
 
 Pure arithmetic over a `Workload` (what is to be stored), a `Shape` (the cluster) and `Rates`
-(given in a file or probed, probe.py). Money is computed from the user's prices alone.
+(given in a file or measured, plan_rates.py). Money is computed from the user's prices alone. The
+formulas are explained in docs/plan.md.
 """
 
 from __future__ import annotations
@@ -12,9 +13,16 @@ from collections.abc import Mapping
 
 from repa_pipeline.data.array import ArraySpec
 
-RANGE_BYTES = 16 * 2**20  # what the trainer reads with one GET
-# A pass reads its images once; the index, which comes first, reads them once more.
-NUM_SOURCE_READS = 2
+RANGE_BYTES = 16 * 2**20  # of records, what the trainer asks for with one GET
+# Objects that making the index writes: claim, listing, index.parquet, manifest.json; and a part
+# and its record for so many images.
+_INDEX_PUTS = 4
+INDEX_PART_ITEMS = 512
+
+NETWORKS = "the networks' forward passes"
+DECODING = "decoding the images"
+READING = "reading the source"
+WRITING = "writing to the store"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +30,8 @@ class Workload:
     """The images, the arrays made of them, and the training that will read them.
 
     networks: table name -> how many views it sees (2 with the mirrored one). teachers: those of
-    `networks` that would run online without a cache. source_gets: requests that read the source
-    once.
+    `networks` that would run in every training step without a cache. source_gets: requests that
+    read every image once; is_indexed: whether the index, which reads them too, stands already.
     """
 
     num_images: int
@@ -32,8 +40,24 @@ class Workload:
     teachers: tuple[str, ...]
     source_gets: int
     source_bytes: int
+    is_indexed: bool
     train_images: int
     runs: int = 1
+
+    @property
+    def features(self) -> tuple[ArraySpec, ...]:
+        """The arrays that the teachers give."""
+        return tuple(array for array in self.arrays if array.name.startswith("features."))
+
+    @property
+    def latents(self) -> tuple[ArraySpec, ...]:
+        """The other arrays."""
+        return tuple(array for array in self.arrays if array not in self.features)
+
+    @property
+    def epochs(self) -> float:
+        """How often a run sees each image."""
+        return self.train_images / self.num_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,150 +72,180 @@ class Shape:
     def nodes(self) -> int:
         return math.ceil(self.devices / self.devices_per_node)
 
+    @property
+    def devices_on_node(self) -> int:
+        """Devices of the fullest node."""
+        return min(self.devices, self.devices_per_node)
 
-@dataclasses.dataclass(frozen=True)
-class Prices:
-    """The user's own; what is not given costs nothing and is not printed."""
-
-    currency: str = ""
-    device_hour: float = 0.0
-    gb_month: float = 0.0
-    get_1000: float = 0.0
-    put_1000: float = 0.0
+    @property
+    def cores(self) -> int:
+        return self.cores_per_node * self.nodes
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Speeds. networks: images/s of one device, forward; train: images/s of one device, cached.
+    """Speeds. networks: images/s of one device, forward; train: images/s of one device whose data
+    is at hand, None where unknown; decode: images/s of one core.
 
-    decode: images/s of one core. read, write: bytes/s of one node to and from the store, 0 where
-    unknown (then never the bottleneck).
+    read, write: bytes/s of one node from and to where source and cache lie, 0 where unknown (then
+    never the bottleneck).
     """
 
     networks: Mapping[str, float]
     decode: float
-    train: float
+    train: float | None
     read: float = 0.0
     write: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
+class Encoding:
+    """Making the cache: device hours each network computes, hours of the whole cluster.
+
+    held_hours: device hours for which the cluster is held while it encodes. feature_hours: the
+    device hours that the teachers' arrays cost. enough_devices: as fast with no more than these.
+    """
+
+    compute_hours: Mapping[str, float]
+    index_hours: float
+    wall_hours: float
+    bottleneck: str
+    held_hours: float
+    feature_hours: float
+    enough_devices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One run from the cache, against the same with the teachers in every step.
+
+    Rates are images/s of a device, hours device hours, required_read bytes/s of a node,
+    online_cores the cores a node needs to decode images as fast as the run takes them.
+    """
+
+    required_read: float
+    epoch_gets: int
+    cached_rate: float
+    online_rate: float
+    cached_hours: float
+    saved_hours: float
+    online_cores: float
+    break_even_runs: float
+
+
+@dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """The estimate. Hours are of one device, wall hours of the whole cluster."""
+    """The estimate; `training` is None where the rate of training is unknown."""
 
     num_bytes: int
     num_objects: int
     source_gets: int
     puts: int
-    epoch_gets: int
-    device_hours: Mapping[str, float]
-    wall_hours: float
-    bottleneck: str
-    required_read: float
-    cached_rate: float
-    online_rate: float
-    saved_hours_per_run: float
-    teacher_hours: float
-    break_even_runs: float
-
-    @property
-    def total_device_hours(self) -> float:
-        return sum(self.device_hours.values())
+    encoding: Encoding
+    training: Training | None
 
 
 def plan_cache(work: Workload, shape: Shape, rates: Rates) -> CachePlan:
-    """Estimates a cache and what it saves.
+    """Estimates a cache and what it saves."""
+    num_shards = sum(array.num_shards for array in work.arrays)
+    # Each shard has a ledger entry; each array its metadata and its seal.
+    written = 2 * num_shards + 2 * len(work.arrays)
+    index_puts = _INDEX_PUTS + 2 * math.ceil(work.num_images / INDEX_PART_ITEMS)
+    encoding = _plan_encoding(work, shape, rates)
+    return CachePlan(
+        num_bytes=sum(array.num_bytes for array in work.arrays),
+        num_objects=written + 2,  # index.parquet and manifest.json
+        source_gets=work.source_gets * (1 if work.is_indexed else 2),
+        puts=written + (0 if work.is_indexed else index_puts),
+        encoding=encoding,
+        training=_plan_training(work, shape, rates, encoding.feature_hours),
+    )
 
-    Without a cache every training image goes through the teachers once more: it costs
-    1 / train + sum over teachers of 1 / network seconds of a device. With one it costs 1 / train,
-    or what the store delivers if that is slower. The latents are needed either way.
-    """
-    num_bytes = sum(array.num_bytes for array in work.arrays)
-    num_objects = sum(array.num_shards for array in work.arrays)
-    seconds = {
+
+def _plan_encoding(work: Workload, shape: Shape, rates: Rates) -> Encoding:
+    compute = {
         name: work.num_images * num_views / rates.networks[name]
         for name, num_views in work.networks.items()
     }
-    teacher_s = sum(seconds[name] for name in work.teachers)
-    limits = {
-        "the networks' forward passes": sum(seconds.values()) / shape.devices,
-        "decoding images": work.num_images / (rates.decode * shape.cores_per_node * shape.nodes),
-        "writing to the store": num_bytes / (rates.write * shape.nodes) if rates.write else 0.0,
-    }
+    limits = _limits(work, shape, rates, compute, work.arrays)
     bottleneck = max(limits, key=lambda name: limits[name])
-    online = 1 / (1 / rates.train + sum(1 / rates.networks[name] for name in work.teachers))
-    record_bytes = train_record_bytes(work.arrays)
-    delivered = math.inf
-    if rates.read:
-        delivered = rates.read / shape.devices_per_node / record_bytes
-    cached = min(rates.train, delivered)
-    saved_s = work.train_images * (1 / online - 1 / cached)
-    return CachePlan(
-        num_bytes=num_bytes,
-        num_objects=num_objects,
-        source_gets=NUM_SOURCE_READS * work.source_gets,
-        # Each shard has a ledger entry; each array its metadata and its seal.
-        puts=2 * num_objects + 2 * len(work.arrays),
-        epoch_gets=sum(_gets(array) for array in work.arrays if _is_read(array)),
-        device_hours={name: value / 3600 for name, value in seconds.items()},
+    held = limits[bottleneck] * shape.devices
+    teachers_s = sum(compute[name] for name in work.teachers)
+    # Without a cache the latents are made all the same, in a pass that may be as long.
+    others = {name: value for name, value in compute.items() if name not in work.teachers}
+    without = max(_limits(work, shape, rates, others, work.latents).values())
+    slowest_other = max(value for name, value in limits.items() if name != NETWORKS)
+    needed = sum(compute.values()) / slowest_other
+    return Encoding(
+        compute_hours={name: value / 3600 for name, value in compute.items()},
+        index_hours=0.0 if work.is_indexed else max(limits[DECODING], limits[READING]) / 3600,
         wall_hours=limits[bottleneck] / 3600,
         bottleneck=bottleneck,
-        required_read=rates.train * shape.devices_per_node * record_bytes,
+        held_hours=held / 3600,
+        feature_hours=max(teachers_s, held - without * shape.devices) / 3600,
+        enough_devices=min(shape.devices, math.ceil(needed)),
+    )
+
+
+def _limits(
+    work: Workload,
+    shape: Shape,
+    rates: Rates,
+    compute: Mapping[str, float],
+    arrays: tuple[ArraySpec, ...],
+) -> dict[str, float]:
+    """Seconds that each part of the pass keeps the whole cluster busy; the parts overlap."""
+    num_bytes = sum(array.num_bytes for array in arrays)
+    return {
+        NETWORKS: sum(compute.values()) / shape.devices,
+        DECODING: work.num_images / (rates.decode * shape.cores),
+        READING: work.source_bytes / (rates.read * shape.nodes) if rates.read else 0.0,
+        WRITING: num_bytes / (rates.write * shape.nodes) if rates.write else 0.0,
+    }
+
+
+def _plan_training(
+    work: Workload, shape: Shape, rates: Rates, feature_hours: float
+) -> Training | None:
+    """Without a cache every training image costs 1 / train + the sum of 1 / network seconds of a
+    device, and its file and latents are read; with one it costs 1 / train, and its records are.
+    """
+    if rates.train is None:
+        return None
+    teachers_s = sum(1 / rates.networks[name] for name in work.teachers)
+    online_bytes = _read_bytes(work.latents)
+    online_bytes += work.source_bytes / work.num_images if work.teachers else 0
+    online = _delivered(1 / (1 / rates.train + teachers_s), online_bytes, shape, rates)
+    cached = _delivered(rates.train, _read_bytes(work.arrays), shape, rates)
+    saved_hours = work.train_images * (1 / online - 1 / cached) / 3600
+    return Training(
+        required_read=rates.train * shape.devices_on_node * _read_bytes(work.arrays),
+        epoch_gets=epoch_gets(work.arrays),
         cached_rate=cached,
         online_rate=online,
-        saved_hours_per_run=saved_s / 3600,
-        teacher_hours=teacher_s / 3600,
-        break_even_runs=teacher_s / saved_s if saved_s > 0 else math.inf,
+        cached_hours=work.train_images / cached / 3600,
+        saved_hours=saved_hours,
+        online_cores=online * shape.devices_on_node / rates.decode,
+        break_even_runs=feature_hours / saved_hours if saved_hours > 0 else math.inf,
     )
 
 
-def train_record_bytes(arrays: tuple[ArraySpec, ...]) -> int:
-    """Bytes that one training image reads: one view, tokens without their scales."""
-    return sum(array.layout.record_bytes for array in arrays if _is_read(array))
+def _delivered(rate: float, image_bytes: float, shape: Shape, rates: Rates) -> float:
+    """`rate` of a device, or what its node's share of the store allows."""
+    if not rates.read:
+        return rate
+    return min(rate, rates.read / shape.devices_on_node / image_bytes)
 
 
-def verdict(plan: CachePlan, runs: int) -> tuple[bool, str]:
-    """Whether to cache for `runs` runs, and one line that says why."""
-    if not plan.teacher_hours:
-        return True, "cache: there is no teacher, and latents are needed by every run"
-    if plan.saved_hours_per_run <= 0:
-        return False, (
-            f"do not cache: the store delivers {plan.cached_rate:,.0f} images/s a device, the "
-            f"teacher online allows {plan.online_rate:,.0f}; use a smaller codec or a local copy"
-        )
-    if plan.break_even_runs > runs:
-        return False, (
-            f"do not cache: it costs {plan.teacher_hours:,.3g} device hours and saves "
-            f"{plan.saved_hours_per_run:,.3g} a run; it pays from {_count(plan.break_even_runs)} "
-            f"runs on, {runs} planned"
-        )
-    return True, (
-        f"cache: it costs {plan.teacher_hours:,.3g} device hours and saves "
-        f"{plan.saved_hours_per_run:,.3g} a run; it pays after {plan.break_even_runs:.2g} of a run"
+def _read_bytes(arrays: tuple[ArraySpec, ...]) -> int:
+    """Bytes read for a training image. Shards are read whole: with --flip both views' are."""
+    return sum(array.layout.stride for array in arrays)
+
+
+def epoch_gets(arrays: tuple[ArraySpec, ...]) -> int:
+    """Requests of RANGE_BYTES of records that read every shard once."""
+    return sum(
+        math.ceil(array.layout.rows_of(k, array.num_rows) * array.layout.record_bytes / RANGE_BYTES)
+        for array in arrays
+        for k in range(array.num_shards)
     )
-
-
-def money(plan: CachePlan, prices: Prices) -> dict[str, float]:
-    """Costs in the user's currency, by what they are for; empty without prices."""
-    costs = {
-        "devices, once": plan.total_device_hours * prices.device_hour,
-        "requests, once": (plan.source_gets * prices.get_1000 + plan.puts * prices.put_1000) / 1000,
-        "requests, an epoch": plan.epoch_gets * prices.get_1000 / 1000,
-        "storage, a month": plan.num_bytes / 1e9 * prices.gb_month,
-        "devices, saved a run": plan.saved_hours_per_run * prices.device_hour,
-    }
-    return {name: cost for name, cost in costs.items() if cost}
-
-
-def _is_read(array: ArraySpec) -> bool:
-    """Whether the usual run reads it each step: the plain view of records, not their scales."""
-    return not array.name.endswith((".scale", ".flip"))
-
-
-def _gets(array: ArraySpec) -> int:
-    rows = (array.layout.rows_of(k, array.num_rows) for k in range(array.num_shards))
-    return sum(math.ceil(array.layout.shard_bytes(n) / RANGE_BYTES) for n in rows)
-
-
-def _count(value: float) -> str:
-    return f"{math.ceil(value):,}"

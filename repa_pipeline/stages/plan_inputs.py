@@ -1,91 +1,138 @@
-"""What `repa plan` plans from: the workload of the settings, rates from a file or a probe."""
+"""What `repa plan` plans from: the images, the arrays that `repa encode` would make of them, the
+cluster. Rates are in plan_rates.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import itertools
 
 import numpy as np
 
+from repa_pipeline.config import EMBEDDED
 from repa_pipeline.config_plan import PlanConfig
-from repa_pipeline.data.array import ArraySpec
+from repa_pipeline.data.array import ArraySpec, read_spec
 from repa_pipeline.data.coalesce import count_gets
-from repa_pipeline.data.codec import CODECS
+from repa_pipeline.data.codec import CODECS, Codec
 from repa_pipeline.data.index import Index, open_index
 from repa_pipeline.data.names import MIRRORED, SCALE
 from repa_pipeline.data.shards import RecordLayout
-from repa_pipeline.data.source import Item
+from repa_pipeline.data.source import Item, Source, open_source
 from repa_pipeline.device import cpu_count
-from repa_pipeline.errors import ConfigError, MissingError
-from repa_pipeline.registry import autoencoder_spec, encoder_spec, model_spec
+from repa_pipeline.errors import ConfigError, MissingError, RepaError
+from repa_pipeline.registry import autoencoder_spec, encoder_spec
 from repa_pipeline.stages.features import DEFAULT_CODEC
 from repa_pipeline.stages.images import views
 from repa_pipeline.stages.index import cache_store, default_shard_rows, open_config_source
-from repa_pipeline.stages.plan import Prices, Rates, Shape, Workload
-from repa_pipeline.stages.probe import Probe, train_rate
+from repa_pipeline.stages.plan import Shape, Workload
 
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_IMAGE_BYTES = 115_000
 # Shards looked at to count the source's requests; the others are taken to be alike.
 _SAMPLED_SHARDS = 8
-_RATE_KEYS = {"networks", "decode", "train", "read", "write", "prices"}
+_SAMPLED_FILES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The source's images: how many, requests and bytes that read each once, and in words where
+    the numbers come from. files: a few of them where they lie at hand."""
+
+    num_images: int
+    gets: int
+    num_bytes: int
+    images_from: str
+    gets_from: str
+    is_indexed: bool = False
+    shard_rows: int = 0
+    files: tuple[bytes, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A workload, and in words where its numbers come from."""
+    """A workload, and the images it is of."""
 
     work: Workload
-    images_from: str
+    images: Images
+
+
+def teachers_of(config: PlanConfig) -> tuple[str, ...]:
+    """Table names of the teachers; none for the encoder "none".
+
+    Raises UnknownNameError, and ConfigError for one that is named twice.
+    """
+    if config.encoder == ("none",):
+        return ()
+    names = tuple(encoder_spec(config, name).name for name in config.encoder)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--encoder names one twice: {', '.join(config.encoder)}")
+    return names
 
 
 def find_facts(config: PlanConfig) -> Facts:
-    """The workload of `config`: from the workspace's index if there is one."""
-    index = _index(config)
-    if config.num_images or index is None:
-        num_images = config.num_images or IMAGENET_IMAGES
-        size = config.image_bytes or IMAGENET_IMAGE_BYTES
-        where = "as given" if config.num_images else "ImageNet's train set; --num-images sets it"
-        gets, source_bytes = num_images, num_images * size
-    else:
-        num_images, where = index.num_rows, f"the index at {cache_store(config).url}"
-        gets, source_bytes = _source_cost(config, index)
-    arrays = planned_arrays(config, num_images)
-    num_views = len(views(config))
-    networks = dict.fromkeys((config.autoencoder, *config.encoder), num_views)
+    """The workload of `config`; raises ConfigError for settings that no cache can have."""
+    images = find_images(config)
+    teachers = teachers_of(config)
+    latents = autoencoder_spec(config, config.autoencoder).name
     work = Workload(
-        num_images=num_images,
-        arrays=arrays,
-        networks=networks,
-        teachers=config.encoder,
-        source_gets=gets,
-        source_bytes=source_bytes,
+        num_images=images.num_images,
+        arrays=planned_arrays(config, images.num_images, images.shard_rows),
+        networks=dict.fromkeys((latents, *teachers), len(views(config))),
+        teachers=teachers,
+        source_gets=images.gets,
+        source_bytes=images.num_bytes,
+        is_indexed=images.is_indexed,
         train_images=config.train_steps * config.train_batch,
         runs=config.runs,
     )
-    return Facts(work, where)
+    return Facts(work, images)
 
 
-def planned_arrays(config: PlanConfig, num_images: int) -> tuple[ArraySpec, ...]:
-    """The arrays that `repa encode` would write, without weights or an index."""
-    shard_rows = config.shard_rows or default_shard_rows(num_images)
+def find_images(config: PlanConfig) -> Images:
+    """The images of the workspace's index; of the embedded data set; else as given, or ImageNet.
+
+    A source without an index is not listed, which may take long and cost requests.
+    """
+    index = _index(config)
+    if index is not None:
+        return _indexed(config, index)
+    if _is_embedded(config) and not config.num_images:
+        source = open_source(config.source)
+        items = source.items()
+        files = tuple(source.read(item) for item in items[:_SAMPLED_FILES])
+        size = sum(item.num_bytes for item in items)
+        where = f"the embedded data set {config.source}"
+        return Images(len(items), 0, size, where, "part of this package: no GETs", files=files)
+    num_images = config.num_images or IMAGENET_IMAGES
+    where = "as given" if config.num_images else "ImageNet's train set; --num-images says others"
+    size = num_images * (config.image_bytes or IMAGENET_IMAGE_BYTES)
+    if config.source != EMBEDDED and not _is_remote(config.source):
+        return Images(num_images, 0, size, where, "a local source costs no GETs")
+    return Images(num_images, num_images, size, where, "at most 1 an image and pass")
+
+
+def planned_arrays(
+    config: PlanConfig, num_images: int, index_shard_rows: int = 0
+) -> tuple[ArraySpec, ...]:
+    """The arrays that `repa encode` would write, without weights or an index.
+
+    Raises ConfigError and UnknownNameError for settings that no cache can have.
+    """
+    shard_rows = config.shard_rows or index_shard_rows or default_shard_rows(num_images)
     resolution = config.resolution
     latents = autoencoder_spec(config, config.autoencoder)
     _, height, width = latents.latent_shape(resolution)
     shape: tuple[int, ...] = (latents.stored_channels, height, width)
     found = [(f"latents.{latents.name}.{resolution}", shape, config.moments_dtype, "")]
-    codec = CODECS[DEFAULT_CODEC if config.codec == "auto" else config.codec]
-    for name in config.encoder:
-        spec = encoder_spec(config, name)
+    for teacher in teachers_of(config):
+        spec = encoder_spec(config, teacher)
+        name = f"features.{spec.name}.{resolution}"
+        codec = _codec(config, name)
         codec.check(spec.width)
         num_tokens = spec.stored_tokens(resolution, config.tokens)
         record = codec.record_shape(num_tokens, spec.width)
-        found.append((f"features.{spec.name}.{resolution}", record, codec.dtype, ""))
+        found.append((name, record, codec.dtype, ""))
         if codec.has_scale:
-            found.append((f"features.{spec.name}.{resolution}", (num_tokens,), "float16", SCALE))
+            found.append((name, (num_tokens,), "float16", SCALE))
     return tuple(
         ArraySpec(
             name + MIRRORED * mirrored + part,
@@ -103,117 +150,95 @@ def find_shape(config: PlanConfig) -> Shape:
     return Shape(config.devices, config.devices_per_node, config.cores_per_node or cpu_count())
 
 
-def find_rates(config: PlanConfig, work: Workload) -> tuple[Rates, Prices, dict[str, str]]:
-    """Rates, prices, and for each rate where it comes from.
-
-    Raises ConfigError for a file with unknown or impossible entries, MissingError for a rate that
-    is neither given nor to be probed.
-    """
-    given = _read_rates(config.rates)
-    prices = _prices(given.get("prices", {}), str(config.rates))
-    origins: dict[str, str] = {}
-    probe = Probe(
-        config.device, config.dtype, config.compile, config.resolution, config.probe_batch
-    )
-    networks = dict(given.get("networks", {}))
-    for name in work.networks:
-        if name in networks:
-            origins[name] = "given"
-        else:
-            _need_probe(config, f"networks.{name}")
-            is_teacher = name in work.teachers
-            networks[name] = (
-                probe.encoder(encoder_spec(config, name))
-                if is_teacher
-                else probe.autoencoder(autoencoder_spec(config, name))
-            )
-            origins[name] = "probed"
-    decode = given.get("decode")
-    origins["decode"] = "given" if decode else "probed"
-    if not decode:
-        _need_probe(config, "decode")
-        decode = probe.decode()
-    train = given.get("train")
-    origins["train"] = "given" if train else "from the operations of model and network"
-    if not train:
-        train = _train_rate(config, work, networks)
-    rates = Rates(networks, decode, train, given.get("read", 0.0), given.get("write", 0.0))
-    return rates, prices, origins
-
-
-def _train_rate(config: PlanConfig, work: Workload, networks: Mapping[str, float]) -> float:
-    if not work.teachers:
-        raise MissingError(
-            "no rate for training: without a teacher there is nothing to derive it from; give "
-            "`train` in --rates"
-        )
-    name = work.teachers[0]
-    return train_rate(
-        model_spec(config, config.model),
-        autoencoder_spec(config, config.autoencoder),
-        encoder_spec(config, name),
-        config.resolution,
-        networks[name],
-    )
-
-
-def _need_probe(config: PlanConfig, key: str) -> None:
-    if not config.probe:
-        raise MissingError(f"no rate for {key}: give it in --rates, or leave --probe on")
-
-
-def _read_rates(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _codec(config: PlanConfig, name: str) -> Codec:
+    """The codec asked for; for "auto" that of the array that stands there, else the default."""
+    if config.codec != "auto":
+        return CODECS[config.codec]
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingError(f"no rates file {path}: check --rates") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML ({error}): see docs/plan.md") from error
-    unknown = sorted(content.keys() - _RATE_KEYS)
-    if unknown:
-        raise ConfigError(f"{path}: unknown {unknown[0]!r}, known are {', '.join(_RATE_KEYS)}")
-    for key, value in {**content, **content.get("networks", {})}.items():
-        if key not in ("networks", "prices") and not _is_rate(value):
-            raise ConfigError(f"{path}: {key} is {value!r}, expected a number above 0")
-    return content
+        return CODECS[read_spec(cache_store(config), name).manifest["codec"]["name"]]
+    except MissingError:
+        return CODECS[DEFAULT_CODEC]
 
 
-def _prices(given: Mapping[str, Any], path: str) -> Prices:
-    known = {field.name for field in dataclasses.fields(Prices)}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise ConfigError(f"{path}: unknown price {unknown[0]!r}, known are {', '.join(known)}")
-    for key, value in given.items():
-        if key != "currency" and (not isinstance(value, int | float) or value < 0):
-            raise ConfigError(f"{path}: price {key} is {value!r}, expected a number, 0 or above")
-    return Prices(**given)
+def _is_embedded(config: PlanConfig) -> bool:
+    # The preset of another data set plans for that, not for the default source.
+    return config.source.startswith("embedded:") and config.preset != "imagenet"
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _is_remote(url: str) -> bool:
+    return "://" in url and not url.startswith(("file://", "local://"))
 
 
 def _index(config: PlanConfig) -> Index | None:
+    """The workspace's index, if it is of the source that is planned."""
     try:
-        return open_index(cache_store(config))
+        index = open_index(cache_store(config))
     except MissingError:
         return None
+    source = str(index.manifest["source"])
+    if config.source not in (EMBEDDED, source):
+        return None
+    is_embedded = source.startswith("embedded:")
+    return None if is_embedded and config.preset == "imagenet" else index
 
 
-def _source_cost(config: PlanConfig, index: Index) -> tuple[int, int]:
-    """(GETs, bytes) of reading every image of the index once, from a sample of its shards."""
-    source = open_config_source(config)
+def _indexed(config: PlanConfig, index: Index) -> Images:
+    config = dataclasses.replace(config, source=str(index.manifest["source"]))
+    gets, num_bytes, gets_from = _source_cost(config, index)
+    where = f"the index at {cache_store(config).url}"
+    num_images = config.num_images or index.num_rows
+    if config.num_images:
+        where = f"as given; size and GETs of an image from {where}"
+    return Images(
+        num_images=num_images,
+        gets=round(gets * num_images),
+        num_bytes=num_images * config.image_bytes or round(num_bytes * num_images),
+        images_from=where,
+        gets_from=gets_from,
+        is_indexed=num_images == index.num_rows,
+        shard_rows=0 if config.num_images else int(index.manifest["shard_rows"]),
+        files=_files_at_hand(config, index),
+    )
+
+
+def _source_cost(config: PlanConfig, index: Index) -> tuple[float, float, str]:
+    """(GETs, bytes) an image of reading those of the index, from a sample of its shards."""
     shard_rows = int(index.manifest["shard_rows"])
-    starts = np.arange(0, index.num_rows, shard_rows)
-    chosen = starts[:: max(1, len(starts) // _SAMPLED_SHARDS)]
-    rows = gets = num_bytes = 0
-    for start in map(int, chosen):
-        entries = index.rows(start, min(start + shard_rows, index.num_rows))
-        items = [Item(e.key, e.label, e.path, e.offset, e.num_bytes) for e in entries]
-        rows += len(items)
-        gets += count_gets(source, items)
-        num_bytes += sum(item.num_bytes for item in items)
-    share = index.num_rows / rows
-    return round(gets * share), round(num_bytes * share)
+    starts = range(0, index.num_rows, shard_rows)
+    places = np.linspace(0, len(starts) - 1, min(_SAMPLED_SHARDS, len(starts)))
+    shards = [
+        _items(index, starts[int(place)], min(starts[int(place)] + shard_rows, index.num_rows))
+        for place in places
+    ]
+    rows = sum(len(items) for items in shards)
+    # Where the index knows no sizes (-1), ImageNet's serves.
+    sizes = [item.num_bytes for item in itertools.chain(*shards) if item.num_bytes >= 0]
+    num_bytes = sum(sizes) / len(sizes) if sizes else IMAGENET_IMAGE_BYTES
+    if not _is_remote(config.source):
+        return 0.0, num_bytes, "a local source costs no GETs"
+    try:
+        source = open_config_source(config)
+    except RepaError as error:
+        return 1.0, num_bytes, f"taken as 1 an image, as the source does not open: {error}"
+    gets = sum(count_gets(source, items) for items in shards)
+    counted = f"counted on {len(shards)} of {len(starts)} shards of the index"
+    return gets / rows, num_bytes, counted
+
+
+def _files_at_hand(config: PlanConfig, index: Index) -> tuple[bytes, ...]:
+    """A few images of a local source; none when they are gone, which a cache does not mind."""
+    if _is_remote(config.source):
+        return ()
+    items = _items(index, 0, min(_SAMPLED_FILES, index.num_rows))
+    try:
+        source: Source = open_config_source(config)
+        return tuple(source.read(item) for item in items)
+    except (RepaError, OSError):
+        return ()
+
+
+def _items(index: Index, start: int, stop: int) -> list[Item]:
+    return [
+        Item(row.key, row.label, row.path, row.offset, row.num_bytes)
+        for row in index.rows(start, stop)
+    ]

@@ -1,7 +1,7 @@
-"""Measures what `repa plan` needs to know of this machine: seconds of work, not of files.
+"""Measures what `repa plan` needs to know of this machine, in seconds and without any file.
 
-Networks run with whatever weights are at hand; where there are none, with random ones: the speed
-is the same. A rate is images a second, the best of several runs.
+Networks run with random weights: the speed is the same. A rate is images a second, the best of a
+few runs. A slow device gets a smaller batch, so that the probe stays short; said so.
 """
 
 from __future__ import annotations
@@ -9,147 +9,148 @@ from __future__ import annotations
 import dataclasses
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from torch import Tensor
 
 from repa_pipeline.autoencoders import AutoencoderSpec
 from repa_pipeline.data.image import adm_center_crop, decode_image
-from repa_pipeline.device import choose_device
+from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.encoders import EncoderSpec
-from repa_pipeline.models import ModelSpec
 
+_BUDGET_S = 4.0  # of one network, beside building it
 _RUNS = 3
-# The mean size of an ImageNet training image; its files are JPEGs of about this quality.
-_PROBE_SIDE = (500, 375)
 _PROBE_IMAGES = 16
+# The usual size of an ImageNet file; with this noise and quality its usual bytes (114 KB), too.
+_PROBE_SIDES = (500, 375)
+_PROBE_NOISE, _PROBE_QUALITY = 16, 95
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Images a second, and how they were measured."""
+
+    rate: float
+    how: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Where and in what type to measure."""
+    """Where and in what type to measure; `batch` as `repa encode` will run it."""
 
     device: str
     dtype: str
     compile: bool
+    threads: int
     resolution: int
     batch: int
 
-    def encoder(self, spec: EncoderSpec) -> float:
-        """Images/s of a teacher's forward pass."""
+    def where(self) -> str:
+        """The device in words: 'cpu with 2 threads, float32'."""
+        import torch
+
+        device = self._device()
+        name = f"cpu with {torch.get_num_threads()} threads"
+        if device != "cpu":
+            name = f"{device} ({torch.cuda.get_device_name(device)})"
+        return f"{name}, {self.dtype}" + (", compiled" if self.compile else "")
+
+    def encoder(self, spec: EncoderSpec) -> Measured:
+        """A teacher's forward pass, preprocessing and copy to the device included.
+
+        Raises MissingError for one that cannot be had without its weights.
+        """
         from repa_pipeline.encoders.base import load_random_encoder
 
         encoder = load_random_encoder(
             spec,
             resolution=self.resolution,
-            device=choose_device(self.device),
+            device=self._device(),
             dtype=self.dtype,
             compile=self.compile,
         )
-        return self._rate(lambda: encoder.tokens(self._images()))
+        return self._measure(encoder.tokens)
 
-    def autoencoder(self, spec: AutoencoderSpec) -> float:
-        """Images/s of an autoencoder's encoding pass."""
+    def autoencoder(self, spec: AutoencoderSpec) -> Measured:
+        """An autoencoder's encoding pass, copy to the device included; raises MissingError."""
         from repa_pipeline.autoencoders.base import load_random_autoencoder
 
         autoencoder = load_random_autoencoder(
-            spec, device=choose_device(self.device), dtype=self.dtype, compile=self.compile
+            spec, device=self._device(), dtype=self.dtype, compile=self.compile
         )
-        return self._rate(lambda: autoencoder.encode(self._images()))
+        return self._measure(autoencoder.encode)
 
-    def decode(self) -> float:
-        """Images/s of one core: an ImageNet-sized JPEG through the exact crop."""
-        from PIL import Image
-
-        generator = np.random.default_rng(0)
-        coarse = generator.integers(0, 256, (24, 32, 3), np.uint8)
-        picture = Image.fromarray(coarse).resize(_PROBE_SIDE, Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=95)
-        data = buffer.getvalue()
+    def decode(self, files: Sequence[bytes] = ()) -> Measured:
+        """Decoding and the exact crop on one core: of `files`, else of a generated JPEG."""
+        chosen = list(files) or [example_jpeg()] * _PROBE_IMAGES
 
         def run() -> None:
-            for _ in range(_PROBE_IMAGES):
+            for data in chosen:
                 adm_center_crop(decode_image(data).image, self.resolution)
 
-        return _PROBE_IMAGES / _best(run)
+        seconds = min(_seconds(run) for _ in range(_RUNS))
+        what = "files of the source" if files else "generated JPEGs of ImageNet's usual size"
+        return Measured(len(chosen) / seconds, f"{len(chosen)} {what}, best of {_RUNS} runs")
 
-    def _images(self) -> Tensor:
+    def _device(self) -> str:
+        prepare_compute(self.threads)
+        return choose_device(self.device)
+
+    def _measure(self, forward: Callable[..., object]) -> Measured:
         import torch
 
-        side = self.resolution
-        return torch.randint(0, 256, (self.batch, 3, side, side), dtype=torch.uint8)
+        device = torch.device(self._device())
+        shape = (3, self.resolution, self.resolution)
 
-    def _rate(self, forward: Callable[[], object]) -> float:
-        import torch
+        def seconds(batch: int) -> float:
+            images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8)
 
-        def run() -> None:
-            forward()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            def run() -> None:
+                forward(images)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
 
-        run()
-        return self.batch / _best(run)
+            return _seconds(run)
+
+        is_slow = device.type == "cpu" and not self.compile
+        return measure(seconds, self.batch, _BUDGET_S if is_slow else None)
 
 
-def train_rate(
-    spec: ModelSpec, latents: AutoencoderSpec, encoder: EncoderSpec, resolution: int, rate: float
-) -> float:
-    """Images/s of training, from a teacher's measured forward rate at equal use of the device.
+def measure(seconds: Callable[[int], float], batch: int, budget: float | None) -> Measured:
+    """The best rate of a few runs; `seconds(b)` runs a batch of b images.
 
-    A training step costs three forward passes (FACTS: 6 x forward MACs an image).
+    With a `budget` in seconds a run of one image comes first, and says how many fit; without one
+    (fast devices, compiled networks) a full batch warms up.
     """
-    model = model_flops(spec, latents, resolution)
-    return rate * encoder_flops(encoder, resolution) / (3 * model)
+    first = seconds(batch if budget is None else 1)
+    if budget is None:
+        times = [seconds(batch) for _ in range(_RUNS)]
+    else:
+        batch = max(1, min(batch, int(budget / 2 / first)))
+        times = [first] if batch == 1 else []
+        spent = first
+        while len(times) < _RUNS and spent < budget:
+            times.append(seconds(batch))
+            spent += times[-1]
+    runs = "one run" if len(times) == 1 else f"best of {len(times)} runs"
+    return Measured(batch / min(times), f"batch {batch}, {runs}")
 
 
-def model_flops(spec: ModelSpec, latents: AutoencoderSpec, resolution: int) -> float:
-    """Floating-point operations of one image's forward pass, counted without computing it."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+def example_jpeg() -> bytes:
+    """A seeded JPEG that costs about what an ImageNet file does: 500 x 375 pixels, 114 KB."""
+    from PIL import Image
 
-    from repa_pipeline.models.sit import SiT, SiTConfig
-
-    channels, side, _ = latents.latent_shape(resolution)
-    with torch.device("meta"):
-        model = SiT(
-            SiTConfig(
-                input_size=side,
-                in_channels=channels,
-                patch_size=spec.patch_size,
-                width=spec.width,
-                depth=spec.depth,
-                num_heads=spec.num_heads,
-                num_classes=1000,
-            )
-        )
-        x, t = torch.empty(1, channels, side, side), torch.empty(1)
-        label = torch.zeros(1, dtype=torch.int64)
-        with FlopCounterMode(display=False) as counter:
-            model(x, t, label)
-    return float(counter.get_total_flops())
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (24, 32, 3), np.uint8)
+    smooth = Image.fromarray(coarse).resize(_PROBE_SIDES, Image.Resampling.BICUBIC)
+    noise = generator.integers(-_PROBE_NOISE, _PROBE_NOISE + 1, (*_PROBE_SIDES[::-1], 3), np.int16)
+    pixels = np.clip(np.asarray(smooth).astype(np.int16) + noise, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_PROBE_QUALITY)
+    return buffer.getvalue()
 
 
-def encoder_flops(spec: EncoderSpec, resolution: int) -> float:
-    """Floating-point operations of one image's forward pass, counted without computing it."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from repa_pipeline.encoders.base import build_network
-
-    side = spec.input_size(resolution)
-    network = build_network(spec, resolution)
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        network(torch.empty(1, 3, side, side))
-    return float(counter.get_total_flops())
-
-
-def _best(run: Callable[[], object]) -> float:
-    """Fastest of several runs: the machine's noise only ever adds."""
-    seconds = []
-    for _ in range(_RUNS):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

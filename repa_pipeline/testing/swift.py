@@ -22,7 +22,6 @@ import contextlib
 import http.client
 import json
 import os
-import pwd
 import secrets
 import shutil
 import socket
@@ -34,8 +33,8 @@ from types import TracebackType
 from typing import Any
 
 from repa_pipeline.errors import MissingError, StageError
+from repa_pipeline.testing.swift_settings import RINGS, SERVERS, Settings, write_settings
 
-_SERVERS = ("account", "container", "object", "proxy")
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
 _ATTEMPTS = 3
@@ -54,126 +53,6 @@ read keep
 kill $pids
 wait
 [ "$keep$3" ] || rm -rf "$2"
-"""
-_RINGS = """
-import json, sys
-from swift.common.ring import RingBuilder
-folder, ports = sys.argv[1], json.loads(sys.argv[2])
-for name in ("account", "container", "object"):
-    builder = RingBuilder(4, 1, 0)
-    builder.add_dev({"id": 0, "region": 1, "zone": 1, "ip": "127.0.0.1", "port": ports[name],
-        "device": "d1", "weight": 1.0, "meta": "", "replication_ip": "127.0.0.1",
-        "replication_port": ports[name]})
-    builder.rebalance(seed="1")
-    builder.get_ring().save(f"{folder}/{name}.ring.gz")
-"""
-# Data must outlive a killed process, not a power cut: each fsync would cost some 10 ms.
-_SITE_CODE = """
-import os
-os.fsync = os.fdatasync = lambda descriptor: None
-"""
-# What the proxy server loads beside Swift's own filters: see above; and a cache in its memory, for
-# without one it asks account and container servers each time, three times the work of a request.
-_FILTER_CODE = """
-import json, tempfile, time, weakref
-from eventlet.semaphore import Semaphore
-
-class Once:
-    def __init__(self, app):
-        self.app, self.locks = app, weakref.WeakValueDictionary()
-
-    def __call__(self, env, start_response):
-        if env["REQUEST_METHOD"] != "PUT" or env.get("HTTP_IF_NONE_MATCH") != "*":
-            return self.app(env, start_response)
-        left = int(env.get("CONTENT_LENGTH") or 0)
-        body = tempfile.SpooledTemporaryFile(16 * 2**20)
-        while left:
-            piece = env["wsgi.input"].read(min(left, 2**20))
-            if not piece:
-                start_response("400 Bad Request", [("Content-Length", "0")])
-                return [b""]
-            body.write(piece)
-            left -= len(piece)
-        body.seek(0)
-        env["wsgi.input"] = body
-        env.pop("HTTP_EXPECT", None)
-        lock = self.locks.setdefault(env["PATH_INFO"], Semaphore(1))
-        with lock, body:
-            return [b"".join(self.app(env, start_response))]
-
-class Cache:
-    def __init__(self, app):
-        self.app, self.values = app, {}
-
-    def __call__(self, env, start_response):
-        env["swift.cache"] = self
-        return self.app(env, start_response)
-
-    def get(self, key, raise_on_error=False):
-        text, end = self.values.get(key, ("null", 0))
-        return json.loads(text) if time.time() < end else None
-
-    def set(self, key, value, serialize=True, time=0, min_compress_len=0, raise_on_error=False):
-        self.values[key] = json.dumps(value), now() + (time or 3600)
-
-    def incr(self, key, delta=1, time=0):
-        self.set(key, max(0, (self.get(key) or 0) + delta), time=time)
-        return self.get(key)
-
-    def decr(self, key, delta=1, time=0):
-        return self.incr(key, -delta, time)
-
-    def delete(self, key, server_key=None):
-        self.values.pop(key, None)
-
-now = time.time
-
-def once(global_conf, **local_conf):
-    return Once
-
-def cache(global_conf, **local_conf):
-    return Cache
-"""
-_HASHES = """[swift-hash]
-swift_hash_path_prefix = tests
-swift_hash_path_suffix = tests
-"""
-_COMMON = """[DEFAULT]
-bind_ip = 127.0.0.1
-bind_port = {port}
-bind_timeout = 1
-workers = 0
-user = {user}
-swift_dir = {folder}
-devices = {folder}
-mount_check = false
-fallocate_reserve = 0
-log_level = ERROR
-"""
-_STORAGE = """
-[pipeline:main]
-pipeline = {name}-server
-[app:{name}-server]
-use = egg:swift#{name}
-disk_chunk_size = 1048576
-network_chunk_size = 1048576
-"""
-_FILTERS = "listing_formats s3api tempauth copy symlink bulk slo dlo versioned_writes".split()
-_PROXY = """
-[pipeline:main]
-pipeline = catch_errors cache {once} {filters} proxy-server
-[app:proxy-server]
-use = egg:swift#proxy
-account_autocreate = true
-object_chunk_size = 1048576
-client_chunk_size = 1048576
-error_suppression_limit = 1000000
-[filter:catch_errors]
-use = egg:swift#catch_errors
-[filter:cache]
-paste.filter_factory = repa_filters:cache
-[filter:once]
-paste.filter_factory = repa_filters:once
 """
 
 
@@ -254,11 +133,7 @@ class SwiftServer:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    env={
-                        **os.environ,
-                        "PYTHONWARNINGS": "ignore",
-                        "PYTHONPATH": str(self._folder),
-                    },
+                    env=self._server_environment(),
                 )
             if all(self._answers(port) for port in self._ports.values()):
                 return
@@ -318,35 +193,32 @@ class SwiftServer:
 
     def _write_settings(self) -> None:
         self._folder = _folder_with_attributes(self._given)
-        self._ports = dict(zip(_SERVERS, _free_ports(len(_SERVERS)), strict=True))
-        (self._folder / "d1").mkdir(exist_ok=True)
-        (self._folder / "swift.conf").write_text(_HASHES)
-        (self._folder / "sitecustomize.py").write_text(_SITE_CODE)
-        (self._folder / "repa_filters.py").write_text(_FILTER_CODE)
-        user = pwd.getpwuid(os.geteuid()).pw_name
-        for name, port in self._ports.items():
-            common = _COMMON.format(port=port, user=user, folder=self._folder)
-            rest = self._proxy_settings() if name == "proxy" else _STORAGE.format(name=name)
-            path = self._folder / f"{name}.conf"
-            path.touch(mode=0o600)
-            path.write_text(common + rest)
-        self._make_rings()
-
-    def _proxy_settings(self) -> str:
-        text = _PROXY.format(filters=" ".join(_FILTERS), once="once" if self._exclusive else "")
-        text += "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in _FILTERS)
-        account, user = self.access_key.split(":")
-        s3api = f"location = {self.region}\nmax_bucket_listing = {self._page_keys}\n"
-        text = text.replace("egg:swift#s3api\n", f"egg:swift#s3api\n{s3api}")
-        login = f"user_{account}_{user} = {self.secret_key} .admin\n"
-        return text.replace("egg:swift#tempauth\n", f"egg:swift#tempauth\n{login}")
-
-    def _make_rings(self) -> None:
-        ports = json.dumps(self._ports)
-        command = [str(self._bin / "python"), "-c", _RINGS, str(self._folder), ports]
-        made = subprocess.run(command, capture_output=True, text=True)
+        self._ports = dict(zip(SERVERS, _free_ports(len(SERVERS)), strict=True))
+        settings = Settings(
+            self._ports,
+            self.access_key,
+            self.secret_key,
+            self.region,
+            self._page_keys,
+            self._exclusive,
+        )
+        write_settings(self._folder, settings)
+        made = subprocess.run(
+            [str(self._bin / "python"), "-c", RINGS, str(self._folder), json.dumps(self._ports)],
+            capture_output=True,
+            text=True,
+            env=self._server_environment(),
+        )
         if made.returncode:
             raise StageError(f"no rings for the S3 server: {made.stderr[-500:]}")
+
+    def _server_environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": str(self._folder),
+            "PYTHONWARNINGS": "ignore",
+            "EVENTLET_NO_GREENDNS": "yes",  # its import takes as long as all the rest
+        }
 
     def _answers(self, port: int) -> bool:
         """Waits for any HTTP answer; False when the server or its shell has gone instead."""

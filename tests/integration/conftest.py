@@ -20,8 +20,8 @@ def s3() -> Iterator[SwiftServer]:
     """OpenStack Swift from the virtual environment at REPA_S3_VENV (.venv-s3); skips without it."""
     venv = Path(os.environ.get("REPA_S3_VENV", REPO / ".venv-s3"))
     if not (venv / "bin" / "swift-proxy-server").is_file():
-        pytest.skip(f"no S3 server in {venv}: `make .venv-s3` installs it, or set REPA_S3_VENV")
-    with SwiftServer(venv, page_keys=100) as server:  # pages of a listing without 1,000 objects
+        pytest.skip(f"no S3 server in {venv}: run `make s3`, or set REPA_S3_VENV")
+    with SwiftServer(venv, page_keys=50) as server:  # pages of a listing without 1,000 objects
         yield server
 
 

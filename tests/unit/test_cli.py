@@ -12,7 +12,7 @@ import pytest
 
 from repa_pipeline import __version__, commands
 from repa_pipeline.cli import main
-from repa_pipeline.command_table import COMMANDS
+from repa_pipeline.command_table import COMMAND_TABLE, COMMANDS
 from repa_pipeline.errors import DataError
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.train import plan_training, train
@@ -90,9 +90,10 @@ def test_every_setting_is_a_flag(command: str, repa: Repa) -> None:
     code, out, _ = repa(f"{command} --help")
     assert code == 0 and "--config" in out
     for field in dataclasses.fields(COMMANDS[command]):
-        flag = f"--{field.name.replace('_', '-')}"
-        if (command, field.name) == ("train", "name"):
-            assert "NAME" in out
+        flag = f"--{field.name.rstrip('_').replace('_', '-')}"
+        positional = COMMAND_TABLE[command].positional
+        if field.name in positional:
+            assert f"[{positional[field.name]}]" in out
         else:
             assert (f"\n  {flag} " in out) == (not field.metadata["hidden"]), flag
         if isinstance(field.default, bool):

@@ -1,0 +1,111 @@
+"""Single rows of a cache: read by byte range, decoded, and the images they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from repa_pipeline.config import EMBEDDED, EncodeConfig
+from repa_pipeline.config_exchange import ExportConfig, InspectConfig
+from repa_pipeline.data import tarshards
+from repa_pipeline.data.array import SealedArray
+from repa_pipeline.data.codec import codec_of
+from repa_pipeline.data.index import Index
+from repa_pipeline.data.shards import as_rows
+from repa_pipeline.errors import DamagedError, MissingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Records = npt.NDArray[np.generic]
+_CRC_BYTES = 4
+_READERS = 8
+
+
+def spread_rows(num_rows: int, count: int, seed: int) -> list[int]:
+    """At most `count` rows, ascending: one drawn from each of `count` equal parts of all."""
+    count = min(count, num_rows)
+    edges = np.linspace(0, num_rows, count + 1).astype(np.int64)
+    generator = np.random.default_rng(seed)
+    return [int(generator.integers(low, high)) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+def read_rows(array: SealedArray, rows: Sequence[int]) -> Records:
+    """The records [n, *shape] of `rows`, each read by its byte range and checked by its crc32c.
+
+    A few rows of a large cache cost a few requests; the digests of whole shards, which tell a
+    foreign shard, are not compared. Raises DamagedError naming the row.
+    """
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(lambda row: _read_record(array, row), rows))
+    return as_rows(np.stack(found), array.spec.layout)
+
+
+def _read_record(array: SealedArray, row: int) -> npt.NDArray[np.uint8]:
+    layout = array.spec.layout
+    shard, inside = divmod(row, layout.shard_rows)
+    where = f"{array.store.url}/{array.spec.shard_key(shard)} (shard {shard})"
+    try:
+        data = array.store.read_range(
+            array.spec.shard_key(shard), inside * layout.stride, layout.stride
+        )
+    except (MissingError, DamagedError) as error:
+        raise DamagedError(
+            f"{where} is missing or short, row {row} cannot be read; {array.spec.advice}"
+        ) from error
+    block = np.frombuffer(data, np.uint8)
+    if layout.container == "webdataset":
+        _, damaged = tarshards.check_records(block[None], layout.shape, layout.dtype, row)
+        is_sound = not damaged
+    else:
+        stored = int.from_bytes(data[-_CRC_BYTES:], "little")
+        is_sound = google_crc32c.value(data[:-_CRC_BYTES]) == stored
+    if not is_sound:
+        raise DamagedError(f"{where}: row {row} fails its crc32c checksum; {array.spec.advice}")
+    return block[layout.record_offset : layout.record_offset + layout.record_bytes]
+
+
+def decoded_tokens(
+    manifest: Mapping[str, Any], where: str, records: Records, scale: Records | None
+) -> Tensor:
+    """Tokens float32 [n, T, D] of records as stored and, where given, their scales [n, T].
+
+    Raises MismatchError for a codec of another version.
+    """
+    import torch
+
+    decode = codec_of(manifest, where).decoder(manifest["codec"])
+    return decode(
+        torch.from_numpy(np.ascontiguousarray(records)),
+        None if scale is None else torch.from_numpy(np.ascontiguousarray(scale)),
+    )
+
+
+def patch_tokens(manifest: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    """The patch tokens [n, rows * columns, D] of stored ones: without the class token in front."""
+    return tokens[:, 1:] if manifest.get("class_token") else tokens
+
+
+def image_config(
+    config: InspectConfig | ExportConfig, index: Index, manifest: Mapping[str, Any]
+) -> EncodeConfig:
+    """How the images of an array were read and prepared, for `load_images`.
+
+    The index knows its source; a --source of one's own (moved images) comes first.
+    """
+    prepare = manifest["prepare"]
+    return EncodeConfig(
+        source=index.manifest["source"] if config.source == EMBEDDED else config.source,
+        workspace=config.workspace,
+        resolution=manifest["resolution"],
+        exif=prepare["exif"],
+        max_pixels=prepare["max_pixels"],
+        decode_threads=config.decode_threads,
+        scratch=config.scratch,
+        scratch_gb=config.scratch_gb,
+    )
