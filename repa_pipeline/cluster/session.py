@@ -69,9 +69,20 @@ def _connect(ray: Any, address: str | None, is_local: bool, num_gpus: int | None
             f"no Ray cluster to use at --address {address or 'local'}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
-    # Ray prints a page on standard output for every dead worker; the driver says it in a line.
+    _silence_errors(ray)
+
+
+def _silence_errors(ray: Any) -> None:
+    """Ends Ray's printing of a page on standard output for every dead worker.
+
+    The driver says it in a line. Its thread must be told to end before its subscription is closed,
+    else it spins.
+    """
     with contextlib.suppress(AttributeError):
-        ray._private.worker.global_worker.gcs_error_subscriber.close()
+        worker = ray._private.worker.global_worker
+        subscriber, stopped = worker.gcs_error_subscriber, worker.threads_stopped
+        stopped.set()
+        subscriber.close()
 
 
 @contextlib.contextmanager

@@ -253,7 +253,8 @@ def _match(names: list[str], labels: Mapping[str, int], where: str) -> list[int]
             f"'{missing[0]}': finish the preprocessing or restore the file"
         )
     if len(labels) > len(names):
-        extra = next(name for name in labels if name not in set(names))
+        present = set(names)
+        extra = next(name for name in labels if name not in present)
         raise DataError(
             f"{where} has {len(labels)} labels for {len(names)} files, first extra "
             f"'{extra}': files were lost, restore them"

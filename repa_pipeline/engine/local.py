@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 from repa_pipeline.engine.contracts import Commits, Shard, Tell, Work, say_nothing
-from repa_pipeline.engine.pipeline import IN_FLIGHT, Pipeline
+from repa_pipeline.engine.pipeline import PHASES, Pipeline
 from repa_pipeline.errors import RepaError, StageError
 
 WORKER = "local"
@@ -37,7 +37,7 @@ class LocalExecutor:
         running: deque[tuple[Shard, Future[Commits]]] = deque()
         with Pipeline(open_stage()) as pipeline:
             while waiting or running:
-                while waiting and len(running) < IN_FLIGHT:
+                while waiting and len(running) < len(PHASES):
                     shard = waiting.popleft()
                     running.append((shard, pipeline.submit(shard)))
                 shard, future = running.popleft()

@@ -1,14 +1,16 @@
 """One worker's pipeline: shard k+1 loads while k is computed and k-1 is stored.
 
 Each phase has a thread of its own, so at most one shard is in each of them, and the model always
-runs on the same thread. What a shard's bytes are does not depend on any of this.
+runs on the same thread. A shard begins to load when the one before the last has left the model: two
+shards' images are in memory at the most. What a shard's bytes are does not depend on any of this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +19,8 @@ from repa_pipeline.engine.contracts import Commits, Shard, Work
 PHASES = ("load", "compute", "store")
 # Shards a driver should have under way with a worker: one in the model, one loading or storing.
 IN_FLIGHT = 2
+# Shards whose images are in memory at once: one in the model, one loading or loaded.
+_HELD = 2
 
 
 class Pipeline:
@@ -27,6 +31,8 @@ class Pipeline:
         self._pools = {phase: ThreadPoolExecutor(1, f"repa-{phase}") for phase in PHASES}
         self._lock = threading.Lock()
         self._doing: dict[str, int] = {}
+        self._room = threading.Semaphore(_HELD)
+        self._is_closed = False
 
     def __enter__(self) -> Pipeline:
         return self
@@ -45,14 +51,11 @@ class Pipeline:
 
         def step(phase: str, run: Callable[[], Any], then: Callable[[Any], None]) -> None:
             def call() -> None:
-                self._note(phase, shard.index)
                 try:
                     result = run()
                 except BaseException as error:
-                    self._note(phase, None)
                     done.set_exception(error)
                 else:
-                    self._note(phase, None)
                     then(result)
 
             try:
@@ -61,12 +64,12 @@ class Pipeline:
                 done.set_exception(error)
 
         def compute(loaded: Any) -> None:
-            step("compute", lambda: self._work.compute(shard, loaded), store)
+            step("compute", lambda: self._compute(shard, loaded), store)
 
         def store(computed: Any) -> None:
-            step("store", lambda: self._work.store(shard, computed), done.set_result)
+            step("store", lambda: self._store(shard, computed), done.set_result)
 
-        step("load", lambda: self._work.load(shard), compute)
+        step("load", lambda: self._load(shard), compute)
         return done
 
     def state(self) -> str:
@@ -77,12 +80,38 @@ class Pipeline:
 
     def close(self) -> None:
         """Ends the threads; shards not yet begun are dropped."""
+        self._is_closed = True
         for pool in self._pools.values():
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _note(self, phase: str, shard: int | None) -> None:
+    def _load(self, shard: Shard) -> Any:
+        self._room.acquire()
+        try:
+            if self._is_closed:
+                raise CancelledError
+            with self._noted("load", shard):
+                return self._work.load(shard)
+        except BaseException:
+            self._room.release()
+            raise
+
+    def _compute(self, shard: Shard, loaded: Any) -> Any:
+        try:
+            with self._noted("compute", shard):
+                return self._work.compute(shard, loaded)
+        finally:
+            self._room.release()
+
+    def _store(self, shard: Shard, computed: Any) -> Commits:
+        with self._noted("store", shard):
+            return self._work.store(shard, computed)
+
+    @contextlib.contextmanager
+    def _noted(self, phase: str, shard: Shard) -> Iterator[None]:
         with self._lock:
-            if shard is None:
-                self._doing.pop(phase, None)
-            else:
-                self._doing[phase] = shard
+            self._doing[phase] = shard.index
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._doing[phase]

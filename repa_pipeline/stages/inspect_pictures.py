@@ -162,7 +162,7 @@ class _Drawer:
         if autoencoder.weights_sha256 != array.spec.manifest["weights_sha256"]:
             self._drawn.notes.append(
                 f"{name} is decoded with weights {autoencoder.weights_sha256[:12]}, recorded are "
-                f"{array.spec.manifest['weights_sha256'][:12]}"
+                f"{array.spec.manifest['weights_sha256'][:18]}"
             )
         raw = read_rows(array, self._rows).astype(np.float32)[:, : spec.channels]
         parts = [

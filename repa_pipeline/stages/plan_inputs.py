@@ -107,7 +107,7 @@ def find_images(config: PlanConfig) -> Images:
     size = num_images * (config.image_bytes or IMAGENET_IMAGE_BYTES)
     if config.source != EMBEDDED and not _is_remote(config.source):
         return Images(num_images, 0, size, where, "a local source costs no GETs")
-    return Images(num_images, num_images, size, where, "at most 1 an image and pass")
+    return Images(num_images, num_images, size, where, "1 an image in each pass; fewer for tars")
 
 
 def planned_arrays(

@@ -18,6 +18,7 @@ from repa_pipeline.stages.flops import encoder_flops, training_flops
 from repa_pipeline.stages.plan import Rates, Workload
 from repa_pipeline.stages.plan_verdict import Prices
 from repa_pipeline.stages.probe import Probe
+from repa_pipeline.text import number
 
 GIVEN = "given"
 _SPEEDS = ("decode", "train", "read", "write")
@@ -152,8 +153,8 @@ def _train_rate(
     speed = sum(teachers) / sum(1 / networks[name] for name in work.teachers)
     names = " and ".join(work.teachers)
     origin = (
-        f"derived: {step / 1e9:,.0f} GFLOP an image at the {speed / 1e12:,.3g} TFLOP/s that "
-        f"{names} reaches, so at the same share of the device's peak"
+        f"derived: {number(step / 1e9)} GFLOP an image at {number(speed / 1e9)} GFLOP/s, as "
+        f"{names} (the same share of the device's peak)"
     )
     return speed / step, origin
 

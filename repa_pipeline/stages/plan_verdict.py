@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from repa_pipeline.stages.plan import CachePlan, Training, Workload, epoch_gets
+from repa_pipeline.text import count, hours, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +72,30 @@ def verdict(plan: CachePlan, work: Workload, prices: Prices) -> Verdict:
     if training.saved_hours <= 0:
         return Verdict(
             False,
-            f"do not cache: the store delivers {training.cached_rate:,.4g} images/s a device from "
-            f"the cache, and {training.online_rate:,.4g} are trained with the teacher in the "
-            "step; a smaller codec or a copy on local disks would change that",
+            f"do not cache: the store delivers {number(training.cached_rate)} images/s a device "
+            f"from the cache, and {number(training.online_rate)} are trained with the teacher "
+            "online; a smaller codec or a copy on local disks would change that",
         )
     in_money = break_even_in_money(plan, work, prices)
     runs = training.break_even_runs if in_money is None else in_money
     if in_money is None:
         balance = (
-            f"it costs {plan.encoding.feature_hours:,.3g} device hours and saves "
-            f"{training.saved_hours:,.3g} a run"
+            f"the features cost {hours(plan.encoding.feature_hours)} of devices once and save "
+            f"{hours(training.saved_hours)} a run"
         )
     else:
         balance = _balance(plan, work, prices, training)
     if runs > work.runs:
-        return Verdict(False, f"do not cache: {balance}; {_too_late(runs, work)}")
-    return Verdict(True, f"cache: {balance}; it has paid after {_amount(runs, work)}")
+        return Verdict(False, f"do not cache: {balance}, {_after(runs, work)}")
+    return Verdict(True, f"cache: {balance}, {_after(runs, work)}")
+
+
+def _after(runs: float, work: Workload) -> str:
+    """When that has paid, in epochs of training, and how many are planned."""
+    planned = f"{count(work.runs, 'run')} of {number(work.epochs)} epochs planned"
+    if math.isinf(runs):
+        return f"which never pays, however many runs ({planned})"
+    return f"paid after {number(runs * work.epochs)} epochs of training ({planned})"
 
 
 def _features_cost(plan: CachePlan, work: Workload, prices: Prices) -> float:
@@ -103,20 +112,7 @@ def _balance(plan: CachePlan, work: Workload, prices: Prices, training: Training
     gets = epoch_gets(work.features) * work.epochs * prices.get_1000 / 1000
     unit = f" {prices.currency}" if prices.currency else ""
     return (
-        f"it costs {_features_cost(plan, work, prices):,.2f}{unit} ({prices.months:g} months "
-        f"stored) and saves {saved:,.2f} of devices for {gets:,.2f} of requests a run"
+        f"the features cost {_features_cost(plan, work, prices):,.2f}{unit} (stored for "
+        f"{prices.months:g} months) and save {saved:,.2f} of devices less {gets:,.2f} of requests "
+        "a run"
     )
-
-
-def _too_late(runs: float, work: Workload) -> str:
-    planned = "1 is planned" if work.runs == 1 else f"{work.runs} are planned"
-    if math.isinf(runs):
-        return "no number of runs pays for that"
-    return (
-        f"it would pay after {runs:,.3g} runs ({runs * work.epochs:,.3g} epochs), {planned} "
-        f"({work.runs * work.epochs:,.3g} epochs)"
-    )
-
-
-def _amount(runs: float, work: Workload) -> str:
-    return f"{runs:,.2g} of {work.runs} runs ({runs * work.epochs:,.2g} epochs)"

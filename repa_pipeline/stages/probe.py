@@ -17,6 +17,7 @@ from repa_pipeline.autoencoders import AutoencoderSpec
 from repa_pipeline.data.image import adm_center_crop, decode_image
 from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.encoders import EncoderSpec
+from repa_pipeline.text import count
 
 _BUDGET_S = 4.0  # of one network, beside building it
 _RUNS = 3
@@ -50,7 +51,7 @@ class Probe:
         import torch
 
         device = self._device()
-        name = f"cpu with {torch.get_num_threads()} threads"
+        name = f"cpu with {count(torch.get_num_threads(), 'thread')}"
         if device != "cpu":
             name = f"{device} ({torch.cuda.get_device_name(device)})"
         return f"{name}, {self.dtype}" + (", compiled" if self.compile else "")
@@ -89,8 +90,8 @@ class Probe:
                 adm_center_crop(decode_image(data).image, self.resolution)
 
         seconds = min(_seconds(run) for _ in range(_RUNS))
-        what = "files of the source" if files else "generated JPEGs of ImageNet's usual size"
-        return Measured(len(chosen) / seconds, f"{len(chosen)} {what}, best of {_RUNS} runs")
+        what = f"{len(chosen)} files of the source" if files else "a JPEG like ImageNet's"
+        return Measured(len(chosen) / seconds, f"{what}, best of {_RUNS} runs")
 
     def _device(self) -> str:
         prepare_compute(self.threads)
@@ -129,11 +130,11 @@ def measure(seconds: Callable[[int], float], batch: int, budget: float | None) -
         batch = max(1, min(batch, int(budget / 2 / first)))
         times = [first] if batch == 1 else []
         spent = first
-        while len(times) < _RUNS and spent < budget:
+        # The first run of a network is cold: never it alone.
+        while len(times) < 2 or (len(times) < _RUNS and spent < budget):
             times.append(seconds(batch))
             spent += times[-1]
-    runs = "one run" if len(times) == 1 else f"best of {len(times)} runs"
-    return Measured(batch / min(times), f"batch {batch}, {runs}")
+    return Measured(batch / min(times), f"batch {batch}, best of {len(times)} runs")
 
 
 def example_jpeg() -> bytes:

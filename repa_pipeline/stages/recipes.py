@@ -27,6 +27,11 @@ def recipe_of(spec: ArraySpec, config: RepairConfig, index: Index) -> EncodeConf
     MismatchError when the manifest does not say how the array is encoded.
     """
     manifest = spec.manifest
+    if manifest.get("imported"):
+        raise MismatchError(
+            f"{spec.name} was imported, not encoded: remove its damaged shards and run "
+            "`repa import` again"
+        )
     try:
         settings = {
             **_common(manifest, index),

@@ -266,7 +266,7 @@ def test_a_bug_keeps_its_traceback_and_what_was_done(store: LocalStore) -> None:
     stage.faults = {(2, 1): ZeroDivisionError()}
     with pytest.raises(ZeroDivisionError):
         run(stage)
-    assert stage.calls == {0: 1, 1: 1, 2: 1}
+    assert [stage.calls[k] for k in range(3)] == [1, 1, 1]
     assert store.list(LEDGER) == ["000000.json", "000001.json"] and not stage.is_sealed()
 
 
