@@ -160,7 +160,8 @@ def runs(config: RunsConfig) -> None:
         record = run.record()
         settings = record["config"]
         arrays = record["decided"]["data"]["arrays"]
-        teachers = [part_name(name) for name in arrays if name.startswith("features.")]
+        named = (part_name(name) for name in arrays if name.startswith("features."))
+        teachers = list(dict.fromkeys(named))
         _say(
             f"{run.name}  step {run.last_step():,} of {settings['steps']:,}  {settings['model']}  "
             f"{', '.join(teachers) or 'vanilla'}  seed {settings['seed']}  {run.folder}"
@@ -314,7 +315,8 @@ def _train_dry_run(plan: Any) -> str:
 
     run = Run(runs_folder(plan.config) / plan.name)
     record = sum(array.spec.layout.record_bytes for array in plan.inputs.arrays)
-    total = sum(array.spec.num_bytes for array in plan.inputs.arrays)
+    arrays = (*plan.inputs.arrays, *plan.inputs.mirrored)
+    total = sum(array.spec.num_bytes for array in arrays)
     return (
         f"plan: reads {record:,} bytes an image, {size(record * plan.config.batch_size)} a step "
         f"from {size(total)} of cache; done: step {run.last_step():,} of {plan.config.steps:,}"

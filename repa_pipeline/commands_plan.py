@@ -83,8 +83,8 @@ def as_json(planned: Planned) -> dict[str, Any]:
 
 def as_text(planned: Planned) -> list[str]:
     """The estimate for people."""
-    sections = [_about(planned), _stored(planned), _rates(planned), _encoding(planned)]
-    sections.append(_training(planned))
+    sections = [_about(planned), _stored(planned), _rates(planned)]
+    sections += [_encoding(planned), _training(planned)]
     costs = money(planned.plan, planned.facts.work, planned.prices)
     if costs:
         currency = planned.prices.currency or "in the currency of the prices"
@@ -111,7 +111,7 @@ def _stored(planned: Planned) -> list[str]:
     for array in planned.facts.work.arrays:
         record = size(array.layout.record_bytes)
         rows.append((array.name, size(array.num_bytes), record, f"{array.num_shards:,}"))
-    rows.append(("together", size(plan.num_bytes), "", f"{sum_shards(planned):,}"))
+    rows.append(("together", size(plan.num_bytes), "", f"{_num_shards(planned):,}"))
     passes = "encoding" if images.is_indexed else "index and encoding"
     return [
         "cache",
@@ -122,8 +122,7 @@ def _stored(planned: Planned) -> list[str]:
     ]
 
 
-def sum_shards(planned: Planned) -> int:
-    """Shards of all arrays."""
+def _num_shards(planned: Planned) -> int:
     return sum(array.num_shards for array in planned.facts.work.arrays)
 
 
@@ -153,10 +152,10 @@ def _encoding(planned: Planned) -> list[str]:
     if encoding.index_hours:
         rows.insert(0, ("index", hours(encoding.index_hours), "before it, on the CPUs alone"))
     rows.append(("wall time", hours(encoding.wall_hours), f"limited by {encoding.bottleneck}"))
-    held = f"{computed / encoding.held_hours:.0%} of it computing"
+    held = f"of device time, {computed / encoding.held_hours:.0%} of it computing"
     if encoding.enough_devices < devices:
         enough = count(encoding.enough_devices, "device")
-        held += f"; {enough} with as many cores would be as fast"
+        held += f"; {enough} on the same nodes would be as fast"
     if encoding.bottleneck == DECODING:
         held += "; more cores would be faster"
     rows.append(("devices held", hours(encoding.held_hours), held))
@@ -196,14 +195,19 @@ def _online(training: Training, teachers: Sequence[str]) -> list[tuple[str, str,
     online_hours = training.cached_hours + training.saved_hours
     share = training.saved_hours / online_hours
     word = "teacher" if len(teachers) == 1 else "teachers"
+    gained = "saved" if share >= 0 else "lost"
     return [
         (
             f"with the {word} online",
             f"{number(training.online_rate)} images/s a device",
             f"{hours(online_hours)} of devices a run; "
-            f"{count(math.ceil(training.online_cores), 'core')} a node decode for it, not counted",
+            f"decoding takes {count(math.ceil(training.online_cores), 'core')} a node, not counted",
         ),
-        ("saved by the cache", f"{share:.1%}", f"{hours(training.saved_hours)} of devices a run"),
+        (
+            f"{gained} by the cache",
+            f"{abs(share):.1%}",
+            f"{hours(abs(training.saved_hours))} of devices a run",
+        ),
     ]
 
 

@@ -33,6 +33,8 @@ class Table(Mapping[str, T], Generic[T]):
         self._aliases = dict(aliases or {})
         for entry in entries:
             self.add(entry)
+        # The entries of this package, as they are without plugins.
+        self.packaged: Mapping[str, T] = dict(self._entries)
 
     def __getitem__(self, name: str) -> T:
         name = self._aliases.get(name, name)

@@ -24,7 +24,8 @@ def number(value: float) -> str:
     """Three digits at the least, no exponent: '1,234', '56.7', '0.0891'."""
     if value == 0 or math.isinf(value):
         return f"{value:g}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    rounded = float(f"{value:.3g}")
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def hours(value: float) -> str:

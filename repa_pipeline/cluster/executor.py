@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
-import uuid
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,8 +71,12 @@ def _mark(folder: str | None) -> Iterator[tuple[str, ...]]:
     if folder is None:
         yield ()
         return
-    path = Path(folder).absolute() / f".shared-{uuid.uuid4().hex}"
+    prefix = f".shared-{socket.gethostname()}-"
+    path = Path(folder).absolute() / f"{prefix}{os.getpid()}"
     path.parent.mkdir(parents=True, exist_ok=True)
+    for other in path.parent.glob(f"{glob.escape(prefix)}*"):  # left by a driver that was killed
+        if not Path("/proc", other.name.removeprefix(prefix)).exists():
+            other.unlink(missing_ok=True)
     path.touch()
     try:
         yield (str(path),)

@@ -261,6 +261,10 @@ class Fleet:
         lacking = f"a worker asks for {self._spec.ask}, the cluster has {describe(nodes)}"
         if not self._spec.can_grow and not self._places:
             raise StageError(f"{lacking}: lower --threads, --worker-cpus or --worker-gpus")
+        if not self._spec.can_grow and self._places < self._spec.workers and not self._members:
+            log.warning(
+                "%d workers asked for, there is room for %d", self._spec.workers, self._places
+            )
         now = time.monotonic()
         if any(member.host for member in self._members.values()):
             self._complained_at = now

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -16,17 +18,20 @@ from repa_pipeline.errors import ConfigError, StageError
 
 # Only settings, shards and commits pass through the object store: Ray's smallest will do.
 OBJECT_STORE_BYTES = 80 * 2**20
+NOT_HOSTS = (None, "", "auto", "local")
+ANSWER_S = 10.0
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def check_address(address: str | None) -> None:
     """Raises ConfigError for an address of a kind that shards cannot be driven through."""
-    if address and "://" in address:
-        raise ConfigError(
-            f"--address {address}: expected HOST:PORT of a Ray cluster's head (6379 by default), "
-            "auto or local; with a ray:// or http:// address, run this command on the cluster: "
-            "`ray job submit -- repa ...`"
-        )
+    if address in NOT_HOSTS or re.fullmatch(r"[^/]+:\d+", address or ""):
+        return
+    raise ConfigError(
+        f"--address (or RAY_ADDRESS) {address}: expected HOST:PORT of a Ray cluster's head (port "
+        "6379 by default), auto or local; where all you have is a ray:// or http:// address, run "
+        "this command on the cluster: `ray job submit -- repa ...`"
+    )
 
 
 @contextlib.contextmanager
@@ -63,13 +68,21 @@ def _connect(ray: Any, address: str | None, is_local: bool, num_gpus: int | None
                 **quiet,
             )
         else:
+            _reach(address)
             ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise StageError(
             f"no Ray cluster to use at --address {address or 'local'}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
     _silence_errors(ray)
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError when nothing answers at HOST:PORT; Ray itself would try for minutes."""
+    if address and address not in NOT_HOSTS:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
 
 
 def _silence_errors(ray: Any) -> None:

@@ -11,6 +11,7 @@ machine can do without.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -91,6 +92,19 @@ def begin_array(store: ObjectStore, spec: ArraySpec) -> None:
 
     Raises MismatchError naming the first setting that differs.
     """
+    _check_container(store, spec)
+    if not store.put_new(spec.metadata_key, json_bytes(spec.metadata())):
+        _check_metadata(store, spec, get_json(store, spec.metadata_key))
+
+
+def check_standing(store: ObjectStore, spec: ArraySpec) -> None:
+    """As `begin_array`, without writing: whether what stands there, if anything, is this array."""
+    _check_container(store, spec)
+    with contextlib.suppress(MissingError):
+        _check_metadata(store, spec, get_json(store, spec.metadata_key))
+
+
+def _check_container(store: ObjectStore, spec: ArraySpec) -> None:
     for container, file in METADATA_FILES.items():
         other = container != spec.layout.container
         if other and store.size(f"{spec.name}/{file}") is not None:
@@ -99,8 +113,6 @@ def begin_array(store: ObjectStore, spec: ArraySpec) -> None:
                 f"{spec.layout.container} now; set --format {container}, remove that folder, or "
                 "use another --workspace"
             )
-    if not store.put_new(spec.metadata_key, json_bytes(spec.metadata())):
-        _check_metadata(store, spec, get_json(store, spec.metadata_key))
 
 
 def check_same_manifest(where: str, stored: Mapping[str, Any], spec: ArraySpec) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline.data.objects import ObjectStore, get_json, json_bytes
-from repa_pipeline.data.tables import TableRows, blocks_of, table_bytes
+from repa_pipeline.data.tables import BLOCK_BYTES, TableRows, blocks_of, table_bytes
 from repa_pipeline.errors import DamagedError, MissingError
 
 INDEX, EXCLUDED = "index.parquet", "excluded"
@@ -38,7 +38,7 @@ _TYPES = {
 _COLUMNS = ("key", "label", "path", "offset", "num_bytes", "width", "height", "notes", "digest")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """One image of the source, as indexed.
 
@@ -89,7 +89,11 @@ class Index:
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """Arrow tables of a few thousand rows each with `columns`, in order."""
-        return self._table().batches(columns, self.num_rows)
+        if self._store is None:
+            raise ValueError("a planned index has no rows")
+        # Read in large blocks: a request for each row group would be thousands.
+        table = TableRows(self._store, INDEX, read_ahead=BLOCK_BYTES)
+        return table.batches(columns, self.num_rows)
 
     def _table(self) -> TableRows:
         if self._store is None:
@@ -179,6 +183,7 @@ def open_index(store: ObjectStore) -> Index:
 
 def read_labels(store: ObjectStore) -> npt.NDArray[np.int64]:
     """int64 [num_rows]: the class of every row."""
-    parts = [batch["label"].to_numpy() for batch in read_index(store).batches(["label"])]
+    index = read_index(store)
+    parts = [batch["label"].to_numpy() for batch in index.batches(["label"])]
     labels: npt.NDArray[np.int64] = np.concatenate(parts).astype(np.int64)
     return labels

@@ -14,7 +14,7 @@ from repa_pipeline.data.objects import ObjectStore
 from repa_pipeline.errors import DamagedError, MissingError
 
 GROUP_ROWS = 2048
-_BLOCK_BYTES = 2**23
+BLOCK_BYTES = 2**23
 _READ_AHEAD = 2**16
 
 
@@ -37,14 +37,14 @@ def table_bytes(columns: Mapping[str, Sequence[Any]], types: Mapping[str, str]) 
 class TableRows:
     """Rows of a parquet object by position; holds one row group at a time. Thread-safe."""
 
-    def __init__(self, store: ObjectStore, key: str):
+    def __init__(self, store: ObjectStore, key: str, read_ahead: int = _READ_AHEAD):
         import pyarrow.parquet
 
         self._where = f"{store.url}/{key}"
         self._lock = threading.Lock()
         with self._damage():
             self._file = pyarrow.parquet.ParquetFile(
-                io.BufferedReader(_ObjectFile(store, key), _READ_AHEAD),
+                io.BufferedReader(_ObjectFile(store, key), read_ahead),
                 page_checksum_verification=True,
             )
         metadata = self._file.metadata
@@ -144,5 +144,5 @@ def blocks_of(store: ObjectStore, key: str) -> Iterator[bytes]:
     size = store.size(key)
     if size is None:
         raise MissingError(f"no object {store.url}/{key}")
-    for start in range(0, size, _BLOCK_BYTES):
-        yield store.read_range(key, start, min(_BLOCK_BYTES, size - start))
+    for start in range(0, size, BLOCK_BYTES):
+        yield store.read_range(key, start, min(BLOCK_BYTES, size - start))

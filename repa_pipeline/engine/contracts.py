@@ -106,6 +106,10 @@ class Output(Protocol):
         """Cheap: reads manifests, loads no weights."""
         ...
 
+    def check(self) -> None:
+        """Raises RepaError when something else stands in the output's place; writes nothing."""
+        ...
+
     def begin(self) -> None:
         """Before the first shard, in the driver: write what identifies the output."""
         ...
@@ -115,6 +119,10 @@ class Output(Protocol):
         ...
 
     def is_sealed(self) -> bool: ...
+
+    def sealed(self) -> list[Commit]:
+        """The shards that the seal vouches for; none without a sound one."""
+        ...
 
     def stands(self, commit: Commit) -> bool:
         """Whether the object that a record speaks of is there, with its size (cheap)."""

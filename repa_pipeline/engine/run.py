@@ -96,7 +96,10 @@ class _State:
         if any(plan.shards != self.shards for plan in self.plans.values()):
             raise ValueError(f"outputs of stage {stage.name} have different shards")
         self._ledgers = ledgers
-        for output in self.outputs.values():
+        # Nothing is written where one is refused; the main ones, which are last, speak first.
+        for output in reversed(stage.outputs):
+            output.check()
+        for output in stage.outputs:
             output.begin()
         self._done = {name: self._standing(name) for name in self.outputs}
         self._sealed = {
@@ -153,9 +156,10 @@ class _State:
         )
 
     def _standing(self, name: str) -> dict[int, Commit]:
-        """Recorded shards of this plan (another partition's are none) whose objects are there."""
+        """Recorded or sealed shards of this plan (another partition's are none) that are there."""
         rows = {shard.index: shard.num_rows for shard in self.shards}
-        entries = self._ledgers[name].entries().items()
+        vouched = {commit.index: commit for commit in self.outputs[name].sealed()}
+        entries = {**vouched, **self._ledgers[name].entries()}.items()
         fitting = [commit for index, commit in entries if rows.get(index) == commit.rows]
         with ThreadPoolExecutor(NUM_READERS) as pool:
             stands = pool.map(self.outputs[name].stands, fitting)

@@ -21,7 +21,8 @@ from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import ConfigError, DamagedError, MismatchError, MissingError, StoreError
-from repa_pipeline.stages.survey import Standing, commit_of, survey_cache
+from repa_pipeline.stages.array_stage import commit_of
+from repa_pipeline.stages.survey import Standing, survey_cache
 from repa_pipeline.text import count, size
 
 

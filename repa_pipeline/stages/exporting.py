@@ -220,6 +220,12 @@ class ExportOutput:
             unit="rows",
         )
 
+    def check(self) -> None:
+        self.check_free()
+
+    def sealed(self) -> list[Commit]:
+        return []
+
     def begin(self) -> None:
         """Claims the destination; raises MismatchError when something else is there."""
         self.check_free()

@@ -14,7 +14,7 @@ from repa_pipeline.data.array import ArraySpec, read_spec
 from repa_pipeline.data.codec import CODECS
 from repa_pipeline.data.index import Index
 from repa_pipeline.data.names import MIRRORED, SCALE
-from repa_pipeline.encoders import EncoderSpec
+from repa_pipeline.encoders import ENCODERS, EncoderSpec
 from repa_pipeline.errors import ConfigError, MissingError
 from repa_pipeline.registry import encoder_spec
 from repa_pipeline.stages.images import (
@@ -24,6 +24,7 @@ from repa_pipeline.stages.images import (
     Product,
     array_spec,
     common_manifest,
+    own_entry,
     views,
 )
 from repa_pipeline.stages.index import cache_store
@@ -55,6 +56,7 @@ class Features(Product):
             dtype=config.dtype,
             compile=config.compile,
         )
+        self.check_weights(encoder.weights_sha256)
 
         def encode(images: Images, num_rows: int) -> Encoded:
             pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
@@ -113,6 +115,7 @@ def _product(
         "preprocess": dataclasses.asdict(spec.rule),
         "model": dict(spec.config),
         "codec": codec.manifest(spec.width),
+        **own_entry(ENCODERS, spec),
         **({"class_token": True} if config.tokens == "patch+cls" else {}),
         **common_manifest(config, index),
     }

@@ -6,11 +6,15 @@ Matrix products, convolutions and attention count (2 operations a multiply-add),
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from repa_pipeline.autoencoders import AutoencoderSpec
 from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.errors import MissingError, RepaError
 from repa_pipeline.models import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # A training step: forward, and twice that to go back (FACTS: 6 x forward multiply-adds an image).
 TRAINING_PASSES = 3
@@ -29,12 +33,13 @@ def training_flops(spec: ModelSpec, latents: AutoencoderSpec, resolution: int) -
 
     channels, side, _ = latents.latent_shape(resolution)
 
-    def forward() -> None:
-        model = build_model(spec, input_size=side, in_channels=channels, num_classes=_NUM_CLASSES)
-        label = torch.zeros(1, dtype=torch.int64)
-        model(torch.empty(1, channels, side, side), torch.empty(1), label)
+    def build() -> nn.Module:
+        return build_model(spec, input_size=side, in_channels=channels, num_classes=_NUM_CLASSES)
 
-    return TRAINING_PASSES * _count(f"model '{spec.name}'", forward)
+    with torch.device("meta"):
+        label = torch.zeros(1, dtype=torch.int64)
+        inputs = (torch.empty(1, channels, side, side), torch.empty(1), label)
+    return TRAINING_PASSES * _count(f"model '{spec.name}'", build, inputs)
 
 
 def encoder_flops(spec: EncoderSpec, resolution: int) -> float:
@@ -49,19 +54,19 @@ def encoder_flops(spec: EncoderSpec, resolution: int) -> float:
 
     side = spec.input_size(resolution)
 
-    def forward() -> None:
-        build_network(spec, resolution)(torch.empty(1, 3, side, side))
-
-    return _count(f"encoder '{spec.name}'", forward)
+    inputs = (torch.empty(1, 3, side, side, device="meta"),)
+    return _count(f"encoder '{spec.name}'", lambda: build_network(spec, resolution), inputs)
 
 
-def _count(what: str, forward: Callable[[], None]) -> float:
+def _count(what: str, build: Callable[[], nn.Module], inputs: tuple[Tensor, ...]) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            forward()
+        with torch.device("meta"), torch.no_grad():
+            network = build()
+            with FlopCounterMode(display=False) as counter:
+                network(*inputs)
     except RepaError:
         raise
     # A plugin's network may do what the meta device cannot, and fail in any way.

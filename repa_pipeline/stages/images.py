@@ -7,6 +7,7 @@ bytes depend on its rows and the settings alone.
 from __future__ import annotations
 
 import dataclasses
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from repa_pipeline.autoencoders import AutoencoderSpec
 from repa_pipeline.config import EncodeConfig
 from repa_pipeline.data.array import ArraySpec, write_shard
 from repa_pipeline.data.image import adm_center_crop, decode_image
@@ -24,13 +26,15 @@ from repa_pipeline.data.patterns import is_unpacked
 from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.data.source import Item, Source
 from repa_pipeline.device import choose_device, prepare_compute
+from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.engine.contracts import Commit, Commits, Executor, Shard, Wanted, Work
 from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.run import Progress, StageResult, ledger_of, run_stage
-from repa_pipeline.errors import DataError, StageError
+from repa_pipeline.errors import DataError, MismatchError, StageError
 from repa_pipeline.registry import load_plugins
 from repa_pipeline.stages.array_stage import ArrayOutput
 from repa_pipeline.stages.index import cache_store, open_config_source
+from repa_pipeline.tables import Table
 
 Images = npt.NDArray[np.uint8]
 Records = npt.NDArray[np.generic]
@@ -62,6 +66,18 @@ class Product:
     def load(self, device: str) -> Encode:
         """Loads the weights; returns the function of a batch."""
         raise NotImplementedError
+
+    def check_weights(self, loaded_sha256: str) -> None:
+        """Raises MismatchError unless this worker loaded the weights that the array is made with.
+
+        The driver hashed its own file; another machine may hold another one at the same path.
+        """
+        wanted = next(iter(self.specs.values())).manifest["weights_sha256"]
+        if loaded_sha256 != wanted:
+            raise MismatchError(
+                f"the weights of {self.name} on {socket.gethostname()} have sha256 "
+                f"{loaded_sha256[:12]}, expected {wanted[:12]}: give every machine the same file"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +203,15 @@ def common_manifest(config: EncodeConfig, index: Index) -> dict[str, Any]:
     compute = {"dtype": config.dtype, "compile": config.compile}
     plain = {"dtype": "float32", "compile": False}
     return manifest if compute == plain else {**manifest, "compute": compute}
+
+
+def own_entry(table: Table[Any], spec: EncoderSpec | AutoencoderSpec) -> dict[str, Any]:
+    """What decides bytes of an entry that is not as this package has it: {} for one that is."""
+    packaged = table.packaged.get(spec.name)
+    own = {"loader": spec.loader, "model": dict(spec.config)}
+    if packaged and own == {"loader": packaged.loader, "model": dict(packaged.config)}:
+        return {}
+    return {"entry": own}
 
 
 def array_spec(

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,15 @@ from repa_pipeline.engine.contracts import (
     Work,
     split_rows,
 )
-from repa_pipeline.engine.ledger import Ledger
+from repa_pipeline.engine.ledger import NUM_READERS, Ledger
 from repa_pipeline.engine.run import Progress, run_stage
-from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
+from repa_pipeline.errors import (
+    DamagedError,
+    DataError,
+    MismatchError,
+    MissingError,
+    StageError,
+)
 
 _PART_ITEMS = 512
 _PARTS = "index.parts"
@@ -85,7 +92,12 @@ def ensure_index(
     if store.size("manifest.json") is None:
         stage = IndexStage(config)
         ledger = Ledger(store, _PARTS, stage.plan().fingerprint)
-        run_stage(stage, executor, {stage.name: ledger}, progress)
+        try:
+            run_stage(stage, executor, {stage.name: ledger}, progress)
+        except (MissingError, StageError):
+            if not stage.is_sealed():  # else another command finished meanwhile and tidied up
+                raise
+            _check_same_index(config, store)
     else:
         _check_same_index(config, store, relist)
     for name in store.list(_PARTS):  # the index holds all that they said
@@ -132,6 +144,12 @@ class IndexStage:
     @property
     def outputs(self) -> tuple[IndexStage, ...]:
         return (self,)
+
+    def check(self) -> None:
+        return
+
+    def sealed(self) -> list[Commit]:
+        return []
 
     def begin(self) -> None:
         """Claims the workspace for these settings and writes the listing, so that workers need
@@ -181,7 +199,8 @@ class IndexStage:
         if self.is_sealed():  # by another command that began beside this one
             return _check_same_index(self.config, store)
         try:
-            parts = [_read_entries(store, commit) for commit in commits]
+            with ThreadPoolExecutor(NUM_READERS) as pool:
+                parts = list(pool.map(functools.partial(_read_entries, store), commits))
         except MissingError:
             if not self.is_sealed():  # else the other command finished meanwhile and tidied up
                 raise
@@ -217,13 +236,18 @@ def listing_digest(items: Sequence[Item]) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _listing(source: str, scratch: str | None, scratch_gb: float) -> tuple[Item, ...]:
+def _listing(source: str, scratch: str | None, scratch_gb: float) -> Source:
     limit = int(scratch_gb * 2**30)
-    return tuple(open_source(source, scratch_dir=scratch, scratch_limit_bytes=limit).items())
+    return open_source(source, scratch_dir=scratch, scratch_limit_bytes=limit)
 
 
-def _items(config: IndexConfig) -> tuple[Item, ...]:
+def _listed(config: IndexConfig) -> Source:
+    """The source of `config`, listed once in a command: what is indexed is what was listed."""
     return _listing(config.source, config.scratch, config.scratch_gb)
+
+
+def _items(config: IndexConfig) -> list[Item]:
+    return _listed(config).items()
 
 
 def _read_entries(store: ObjectStore, commit: Commit) -> list[Entry]:
@@ -284,7 +308,7 @@ def _check_bad(config: IndexConfig, usable: list[Entry], excluded: list[Entry]) 
 
 
 def _manifest(config: IndexConfig, rows: list[Entry], excluded: list[Entry]) -> dict[str, Any]:
-    source = open_config_source(config)
+    source = _listed(config)
     items = source.items()
     digests = Counter(entry.digest for entry in rows)
     notes = Counter(n for entry in rows for n in entry.notes.split("; ") if n)

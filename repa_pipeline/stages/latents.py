@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from repa_pipeline.autoencoders import AutoencoderSpec
+from repa_pipeline.autoencoders import AUTOENCODERS, AutoencoderSpec
 from repa_pipeline.config import LatentsConfig
 from repa_pipeline.data.codec import CODECS, encode_float
 from repa_pipeline.data.index import Index
@@ -20,6 +20,7 @@ from repa_pipeline.stages.images import (
     Product,
     array_spec,
     common_manifest,
+    own_entry,
     views,
 )
 from repa_pipeline.weights import file_sha256
@@ -45,6 +46,7 @@ class Latents(Product):
             dtype=config.dtype,
             compile=config.compile,
         )
+        self.check_weights(autoencoder.weights_sha256)
 
         def encode(images: Images, num_rows: int) -> Encoded:
             pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
@@ -83,6 +85,7 @@ def latents_product(config: LatentsConfig, index: Index) -> Latents:
         "scale": list(spec.scale),
         "shift": list(spec.shift),
         "codec": codec,
+        **own_entry(AUTOENCODERS, spec),
         **common_manifest(config, index),
     }
     name = f"latents.{spec.name}.{config.resolution}"

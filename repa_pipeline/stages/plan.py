@@ -213,9 +213,10 @@ def _plan_training(
     if rates.train is None:
         return None
     teachers_s = sum(1 / rates.networks[name] for name in work.teachers)
-    online_bytes = _read_bytes(work.latents)
-    online_bytes += work.source_bytes / work.num_images if work.teachers else 0
-    online = _delivered(1 / (1 / rates.train + teachers_s), online_bytes, shape, rates)
+    file_bytes = work.source_bytes / work.num_images if work.teachers else 0.0
+    online = _delivered(
+        1 / (1 / rates.train + teachers_s), _read_bytes(work.latents) + file_bytes, shape, rates
+    )
     cached = _delivered(rates.train, _read_bytes(work.arrays), shape, rates)
     saved_hours = work.train_images * (1 / online - 1 / cached) / 3600
     return Training(

@@ -111,8 +111,9 @@ def _balance(plan: CachePlan, work: Workload, prices: Prices, training: Training
     saved = training.saved_hours * prices.device_hour
     gets = epoch_gets(work.features) * work.epochs * prices.get_1000 / 1000
     unit = f" {prices.currency}" if prices.currency else ""
+    months = f"{prices.months:g} month{'' if prices.months == 1 else 's'}"
     return (
         f"the features cost {_features_cost(plan, work, prices):,.2f}{unit} (stored for "
-        f"{prices.months:g} months) and save {saved:,.2f} of devices less {gets:,.2f} of requests "
+        f"{months}) and save {saved:,.2f} of devices less {gets:,.2f} of requests "
         "a run"
     )

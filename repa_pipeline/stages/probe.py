@@ -130,11 +130,11 @@ def measure(seconds: Callable[[int], float], batch: int, budget: float | None) -
         batch = max(1, min(batch, int(budget / 2 / first)))
         times = [first] if batch == 1 else []
         spent = first
-        # The first run of a network is cold: never it alone.
-        while len(times) < 2 or (len(times) < _RUNS and spent < budget):
+        while not times or (len(times) < _RUNS and spent < budget):
             times.append(seconds(batch))
             spent += times[-1]
-    return Measured(batch / min(times), f"batch {batch}, best of {len(times)} runs")
+    runs = "one run" if len(times) == 1 else f"best of {len(times)} runs"
+    return Measured(batch / min(times), f"batch {batch}, {runs}")
 
 
 def example_jpeg() -> bytes:

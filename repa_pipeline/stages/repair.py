@@ -18,13 +18,12 @@ from repa_pipeline.engine.contracts import Commit, Executor
 from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import ConfigError, DamagedError, RepaError
-from repa_pipeline.stages.array_stage import seal_entry
+from repa_pipeline.stages.array_stage import commit_of, seal_entry
 from repa_pipeline.stages.heal import add_partners, jobs_of, run_job
 from repa_pipeline.stages.survey import (
     Standing,
     Survey,
     care_store,
-    commit_of,
     survey_cache,
     unrecorded,
 )

@@ -18,10 +18,10 @@ from repa_pipeline.data.array import (
     FORMAT_VERSION,
     ArraySpec,
     SealedArray,
-    parse_seal,
     array_names,
     fingerprint,
     first_difference,
+    parse_seal,
     read_spec,
     stored_digest,
 )
@@ -38,7 +38,7 @@ from repa_pipeline.errors import (
     StoreError,
     UnknownNameError,
 )
-from repa_pipeline.stages.array_stage import seal_entry
+from repa_pipeline.stages.array_stage import commit_of, seal_entry
 
 # A temporary file older than this is of a writer that was killed.
 _ABANDONED_S = 3600.0
@@ -137,17 +137,6 @@ def choose_arrays(store: ObjectStore, names: Sequence[str]) -> list[str]:
             listed = ", ".join(known) or "none"
             raise UnknownNameError(f"no array '{name}' in {store.url}: known are {listed}")
     return list(dict.fromkeys(names)) or known
-
-
-def commit_of(entry: Mapping[str, Any]) -> Commit:
-    """The ledger's record of a shard, from what the seal says of it."""
-    return Commit(
-        index=entry["index"],
-        rows=entry["rows"],
-        num_bytes=entry["num_bytes"],
-        digest=stored_digest(entry),
-        counts=entry.get("counts", {}),
-    )
 
 
 def _survey_index(store: ObjectStore) -> tuple[Index | None, tuple[Damage, ...]]:

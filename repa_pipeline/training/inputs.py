@@ -119,24 +119,31 @@ def _open_teacher(store: ObjectStore, name: str, needs: frozenset[str]) -> Teach
     teacher = Teacher(open_sealed(store, name, made_by))
     if "magnitude" not in needs or not teacher.codec.has_scale:
         return teacher
-    return Teacher(teacher.tokens, open_sealed(store, name + SCALE, made_by))
+    scale = open_sealed(store, name + SCALE, made_by)
+    _check_same_recipe(scale, teacher.tokens, "scale")
+    return Teacher(teacher.tokens, scale)
 
 
 def _open_mirrored(store: ObjectStore, array: SealedArray) -> SealedArray:
     """The mirrored view of an array; raises MissingError, or MismatchError for another recipe."""
     name = dataclasses.replace(parse_name(array.spec.name), mirrored=True)
     found = open_sealed(store, str(name), name.made_by)
-    views = ("view", "of")
-    got = {key: value for key, value in found.spec.manifest.items() if key not in views}
-    expected = {key: value for key, value in array.spec.manifest.items() if key not in views}
+    _check_same_recipe(found, array, "mirrored view")
+    return found
+
+
+def _check_same_recipe(found: SealedArray, array: SealedArray, what: str) -> None:
+    """Raises MismatchError unless `found` is made as `array` is, but for the view and the part."""
+    apart = ("view", "of", "kind")
+    got = {key: value for key, value in found.spec.manifest.items() if key not in apart}
+    expected = {key: value for key, value in array.spec.manifest.items() if key not in apart}
     difference = first_difference(got, expected)
     if difference:
         setting, here, there = difference
         raise MismatchError(
-            f"{found.where} is not the mirrored {array.spec.name}: {setting} is {here!r}, expected "
-            f"{there!r}; encode both with the same settings"
+            f"{found.where} is not the {what} of {array.spec.name}: {setting} is {here!r}, "
+            f"expected {there!r}; encode both with the same settings"
         )
-    return found
 
 
 def _sealed_names(store: ObjectStore, kind: str) -> list[str]:

@@ -21,7 +21,7 @@ from repa_pipeline.cluster.placement import Ask, Wish
 from repa_pipeline.cluster.scheduler import Policy
 from repa_pipeline.data.objects import LocalStore
 from repa_pipeline.engine.local import LocalExecutor
-from repa_pipeline.engine.run import StageResult, ledger_of, run_stage
+from repa_pipeline.engine.run import Progress, StageResult, ledger_of, run_stage
 from repa_pipeline.errors import ConfigError, MissingError, StageError
 from repa_pipeline.observe import Silent
 from repa_pipeline.testing.caches import isolated_tables
@@ -64,10 +64,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files(folder)
 
 
-def run(stage: ToyStage, executor: LocalExecutor | RayExecutor) -> StageResult:
+def run(
+    stage: ToyStage, executor: LocalExecutor | RayExecutor, progress: Progress | None = None
+) -> StageResult:
     (output,) = stage.outputs
     ledgers = {output.name: ledger_of(LocalStore(stage.url), output)}
-    return run_stage(stage, executor, ledgers, Silent())
+    return run_stage(stage, executor, ledgers, progress or Silent())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -279,13 +281,17 @@ def test_a_cluster_without_room_is_told(
 
 
 DRIVER = """
-import sys
+import sys, threading
 sys.path.insert(0, {tests!r})
 import test_ray
 from repa_pipeline.testing.stages import ToyStage
-test_ray.run(
-    ToyStage({url!r}, {marks!r}, work_s=0.2), test_ray.RayExecutor(test_ray.WISH)
-)
+
+class Watcher(test_ray.Silent):
+    def workers(self, states):
+        print("threads:", *(thread.name for thread in threading.enumerate()), flush=True)
+
+stage = ToyStage({url!r}, {marks!r}, work_s=0.2)
+test_ray.run(stage, test_ray.RayExecutor(test_ray.WISH), Watcher())
 """
 
 
@@ -314,7 +320,9 @@ def test_a_killed_driver_leaves_no_worker_and_is_resumed(
     pids = [fact["pid"] for fact in read_marks(stage.marks, "opened")]
     assert pids
     wait_for(lambda: not any(map(is_running, pids)))
-    assert "SIGTERM received" not in told and "raylet" not in told
+    for noise in ("SIGTERM received", "raylet", "ray_listen_error_messages"):
+        assert noise not in told
+    assert "threads: MainThread" in told
     assert 0 < len(list(ledger.glob("*.json"))) < 10
     resumed = run(stage, LocalExecutor())
     assert (0 < resumed.num_new < 10, files(tmp_path) == expected) == (True, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from repa_pipeline.cluster.scheduler import Policy
 from repa_pipeline.cluster.select import choose_executor
 from repa_pipeline.cluster.session import EXIT_TERMINATED, unwinding_on_sigterm
 from repa_pipeline.config import IndexConfig
+from repa_pipeline.engine.contracts import Commits, Shard, SimpleWork
 from repa_pipeline.engine.local import LocalExecutor
-from repa_pipeline.errors import ConfigError
+from repa_pipeline.errors import ConfigError, StageError
 
 CPU8, CPU64 = {"CPU": 8.0}, {"CPU": 64.0, "memory": 1e9}
 GPU8 = {"CPU": 32.0, "GPU": 8.0}
@@ -73,10 +75,22 @@ def test_local_executor_is_told_the_retries() -> None:
     assert isinstance(chosen, LocalExecutor) and chosen.retries == 5
 
 
-@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head"])
 def test_addresses_that_cannot_drive_shards_are_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="expected HOST:PORT .*ray job submit"):
         choose_executor(IndexConfig(address=address))
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(StageError, match=f"no Ray cluster to use at --address {address}: .*re"):
+            list(RayExecutor(address=address).map(lambda: SimpleWork(no_work), [Shard(0, 0, 1)]))
+
+
+def no_work(shard: Shard) -> Commits:
+    return ()
 
 
 def test_ray_is_not_imported_by_choosing() -> None:
@@ -221,8 +235,10 @@ def test_carried_modules_are_imported_from_memory(
 
 
 def test_a_shared_folder_is_marked_while_it_is_used(tmp_path: Path) -> None:
+    (tmp_path / "ws").mkdir()
+    (tmp_path / "ws" / f".shared-{socket.gethostname()}-{2**22 + 1}").touch()  # of a dead driver
     with _mark(str(tmp_path / "ws")) as (path,):
-        assert Path(path).exists() and Path(path).parent == tmp_path / "ws"
+        assert [Path(path)] == list((tmp_path / "ws").iterdir())
     assert list((tmp_path / "ws").iterdir()) == []
     with _mark(None) as paths:
         assert paths == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -69,6 +70,12 @@ class ToyStage:
         shards = split_rows(self.num_rows, self.shard_rows)
         fingerprint = self.spec.fingerprint
         return Plan("here", fingerprint, shards, self.num_rows, self.spec.num_bytes)
+
+    def check(self) -> None:
+        return
+
+    def sealed(self) -> list[Commit]:
+        return []
 
     def begin(self) -> None:
         begin_array(self.store, self.spec)
@@ -552,3 +559,26 @@ def test_older_records_hold_a_sha256(store: LocalStore) -> None:
     entry = {"fingerprint": "f", "index": 3, "rows": 4, "num_bytes": 9, "sha256": "ab"}
     store.put("ledger/x/000003.json", json_bytes(entry))
     assert Ledger(store, "ledger/x", "f").entries() == {3: Commit(3, 4, 9, "sha256:ab")}
+
+
+def test_a_refused_output_leaves_nothing_of_the_others(store: LocalStore) -> None:
+    """The first output is new, the second is made otherwise: not even metadata is written."""
+    stage = TwoOutputs(store)
+    other = Renamed(store, "latents.two.8", 7)
+    other.begin()
+    before = files(store)
+    with pytest.raises(MismatchError, match=r"latents.two.8 was made .*factor is 7 there, 2 now"):
+        run_two(stage)
+    assert files(store) == before and stage.asked == []
+
+
+def test_a_sealed_array_without_its_ledger_is_complete(store: LocalStore) -> None:
+    run_two(TwoOutputs(store))
+    shutil.rmtree(store.root / "ledger")
+    before = files(store)
+    stage = TwoOutputs(store)
+    assert [output.num_new for output in run_two(stage).values()] == [0, 0]
+    assert stage.asked == [] and files(store) == before
+    (store.root / "latents.one.8/c/3/0").unlink()
+    assert [output.num_new for output in run_two(stage).values()] == [1, 0]
+    assert stage.asked == [(3, frozenset({"latents.one.8"}))]

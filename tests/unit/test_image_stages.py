@@ -383,3 +383,48 @@ def test_compute_settings_are_watched(source: Path, parts: None) -> None:
     encode(latents_config(source))
     with pytest.raises(MismatchError, match="compute is None there, .*bf16"):
         encode(latents_config(source, dtype="bf16"))
+
+
+def test_a_worker_with_other_weights_writes_nothing(source: Path, parts: None) -> None:
+    """The driver hashed its file; the worker's, at the same path, is another one."""
+    for settings, make in (
+        (latents_config(source), lambda c, i: [latents_product(c, i)]),
+        (features_config(source), features_products),
+    ):
+        index = build(settings)
+        products = make(settings, index)
+        name = products[0].name
+        spec = next(
+            entry
+            for table in ("autoencoders", "encoders")
+            for entry in TABLES[table].values()
+            if entry.name in name
+        )
+        write_weights(spec, seed=9)
+        with pytest.raises(MismatchError, match=r"the weights of .* have sha256 .*, expected "):
+            run(*products, index=index)
+        assert cache_store(settings).list(f"{name}/c") == []
+
+
+def test_an_entry_of_one_s_own_is_in_the_manifest(source: Path, parts: None) -> None:
+    settings = latents_config(source)
+    index = build(settings)
+    product = latents_product(settings, index)
+    entry = product.specs[False, ""].manifest["entry"]
+    assert entry == {"loader": "repa_pipeline.testing.networks:load_autoencoder", "model": {}}
+    changed = dataclasses.replace(
+        settings, overrides={"autoencoders.tiny-kl": {"config": {"depth": 2}}}
+    )
+    encode(settings)
+    with pytest.raises(MismatchError, match=r"entry.model.depth is None there, 2 now"):
+        encode(changed)
+
+
+def test_a_packaged_entry_is_not(source: Path) -> None:
+    from repa_pipeline.autoencoders import AUTOENCODERS
+    from repa_pipeline.stages.images import own_entry
+
+    spec = AUTOENCODERS["digits-vae"]
+    assert own_entry(AUTOENCODERS, spec) == {}
+    assert own_entry(AUTOENCODERS, dataclasses.replace(spec, weights="elsewhere")) == {}
+    assert own_entry(AUTOENCODERS, dataclasses.replace(spec, config={"x": 1})) != {}

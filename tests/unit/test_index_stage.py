@@ -277,6 +277,26 @@ def test_another_command_finished_first(source: Path, monkeypatch: pytest.Monkey
     assert build(config(source)) == expected
 
 
+@pytest.mark.parametrize("moment", ["plan", "begin", "open", "_examine"])
+def test_another_command_finishes_and_tidies_up_meanwhile(
+    moment: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the slower of two commands is about to do, it takes the index that stands."""
+    monkeypatch.setattr(index_module, "_PART_ITEMS", 7)
+    where: Any = index_module if moment == "_examine" else IndexStage
+    plain = getattr(where, moment)
+    first: list[Index] = []
+
+    def act(*given: Any) -> Any:
+        monkeypatch.setattr(where, moment, plain)
+        first.append(build(config(source)))
+        return plain(*given)
+
+    monkeypatch.setattr(where, moment, act)
+    assert [build(config(source))] == first
+    assert cache_store(config(source)).list("index.parts") == []
+
+
 @pytest.mark.parametrize(
     ("num_rows", "expected"),
     [(1, 16), (40, 16), (511, 16), (512, 32), (1438, 64), (4095, 128), (8191, 256), (8192, 512)],
@@ -362,3 +382,14 @@ def test_a_damaged_manifest_is_found(source: Path) -> None:
     path.write_bytes(data.replace(digest.encode(), digest[::-1].encode()))
     with pytest.raises(DamagedError, match="manifest.json is damaged, its checksum"):
         read_manifest(cache_store(config(source)))
+
+
+def test_the_source_is_listed_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the recorded listing is that of the rows, whatever is added meanwhile."""
+    from repa_pipeline.data.folder import FolderSource
+
+    listed: list[int] = []
+    plain = FolderSource._list
+    monkeypatch.setattr(FolderSource, "_list", lambda self: listed.append(1) or plain(self))
+    build(config(source))
+    assert listed == [1]
