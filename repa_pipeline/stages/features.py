@@ -11,7 +11,7 @@ from typing import Any
 
 from repa_pipeline.config import FeaturesConfig
 from repa_pipeline.data.array import ArraySpec, read_spec
-from repa_pipeline.data.codec import CODECS
+from repa_pipeline.data.codec import CODECS, Codec
 from repa_pipeline.data.index import Index
 from repa_pipeline.data.names import MIRRORED, SCALE
 from repa_pipeline.encoders import ENCODERS, EncoderSpec
@@ -103,7 +103,7 @@ def _product(
     config: FeaturesConfig, index: Index, spec: EncoderSpec, weights_sha256: str
 ) -> Features:
     name = f"features.{spec.name}.{config.resolution}"
-    codec = CODECS[_codec_name(config, name)]
+    codec = chosen_codec(config, name)
     num_tokens = spec.stored_tokens(config.resolution, config.tokens)
     manifest = {
         "kind": "features",
@@ -134,12 +134,11 @@ def _product(
     return Features(config, name, specs, spec, codec.name)
 
 
-def _codec_name(config: FeaturesConfig, name: str) -> str:
+def chosen_codec(config: FeaturesConfig, name: str) -> Codec:
     """The codec asked for; for "auto" that of the array that stands there, else the default."""
     if config.codec != "auto":
-        return config.codec
+        return CODECS[config.codec]
     try:
-        standing = read_spec(cache_store(config), name)
+        return CODECS[read_spec(cache_store(config), name).manifest["codec"]["name"]]
     except MissingError:
-        return DEFAULT_CODEC
-    return str(standing.manifest["codec"]["name"])
+        return CODECS[DEFAULT_CODEC]

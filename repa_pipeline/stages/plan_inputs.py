@@ -10,9 +10,8 @@ import numpy as np
 
 from repa_pipeline.config import EMBEDDED
 from repa_pipeline.config_plan import PlanConfig
-from repa_pipeline.data.array import ArraySpec, read_spec
+from repa_pipeline.data.array import ArraySpec
 from repa_pipeline.data.coalesce import count_gets
-from repa_pipeline.data.codec import CODECS, Codec
 from repa_pipeline.data.index import Index, open_index
 from repa_pipeline.data.names import MIRRORED, SCALE
 from repa_pipeline.data.shards import RecordLayout
@@ -20,7 +19,7 @@ from repa_pipeline.data.source import Item, Source, open_source
 from repa_pipeline.device import cpu_count
 from repa_pipeline.errors import ConfigError, MissingError, RepaError
 from repa_pipeline.registry import autoencoder_spec, encoder_spec
-from repa_pipeline.stages.features import DEFAULT_CODEC
+from repa_pipeline.stages.features import chosen_codec
 from repa_pipeline.stages.images import views
 from repa_pipeline.stages.index import cache_store, default_shard_rows, open_config_source
 from repa_pipeline.stages.plan import Shape, Workload
@@ -126,7 +125,7 @@ def planned_arrays(
     for teacher in teachers_of(config):
         spec = encoder_spec(config, teacher)
         name = f"features.{spec.name}.{resolution}"
-        codec = _codec(config, name)
+        codec = chosen_codec(config, name)
         codec.check(spec.width)
         num_tokens = spec.stored_tokens(resolution, config.tokens)
         record = codec.record_shape(num_tokens, spec.width)
@@ -148,16 +147,6 @@ def planned_arrays(
 def find_shape(config: PlanConfig) -> Shape:
     """The cluster of `config`."""
     return Shape(config.devices, config.devices_per_node, config.cores_per_node or cpu_count())
-
-
-def _codec(config: PlanConfig, name: str) -> Codec:
-    """The codec asked for; for "auto" that of the array that stands there, else the default."""
-    if config.codec != "auto":
-        return CODECS[config.codec]
-    try:
-        return CODECS[read_spec(cache_store(config), name).manifest["codec"]["name"]]
-    except MissingError:
-        return CODECS[DEFAULT_CODEC]
 
 
 def _is_embedded(config: PlanConfig) -> bool:

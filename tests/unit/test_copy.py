@@ -383,3 +383,14 @@ def test_an_array_without_a_ledger_gets_one(origin: Path, tmp_path: Path) -> Non
     (origin / "cache/ledger" / TOKENS / "000001.json").write_text("{")
     run(origin, tmp_path / "to").check()
     assert files(tmp_path / "to") == expected
+
+
+def test_a_named_array_takes_its_scale_along(origin: Path, tmp_path: Path) -> None:
+    copied = run(origin, tmp_path / "to", array=(TOKENS,))
+    copied.check()
+    assert copied.arrays == (SCALE, TOKENS)
+    assert run(origin, tmp_path / "other", array=(OTHER, LATENTS)).arrays == (OTHER, LATENTS)
+    assert run(origin, tmp_path / "scale", array=(SCALE,)).arrays == (SCALE,)
+    (origin / "cache" / SCALE / "seal.json").unlink()
+    with pytest.raises(MissingError, match=f"{SCALE} is unfinished"):
+        run(origin, tmp_path / "more", array=(TOKENS,))

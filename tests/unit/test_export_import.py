@@ -844,3 +844,83 @@ def test_dry_runs_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
         )
         assert "20 rows in 3 shards" in capsys.readouterr().out
         assert not (tmp_path / where).exists()
+
+
+@pytest.mark.parametrize(
+    ("member", "changes", "said"),
+    [
+        ("tiny-teacher", {"encoder": "x/../../../EVIL"}, "no name of an encoder"),
+        ("tiny-teacher", {"encoder": "x\n/EVIL"}, "no name of an encoder"),
+        ("tiny-teacher", {"encoder": None}, "no name of an encoder"),
+        (
+            "tiny-teacher",
+            {"encoder": "other"},
+            "encoder is 'other', its members say 'tiny-teacher'",
+        ),
+        ("tiny-teacher", {"grid": [3, 4]}, r"grid is \[3, 4\], its members say 16 tokens"),
+        ("tiny-teacher", {"grid": "4x4"}, "grid is '4x4', its members say 16 tokens"),
+        ("tiny-teacher", {"grid": [-4, -4]}, "grid is"),
+        ("tiny-teacher", {"class_token": True}, "and a class token, its members say 16 tokens"),
+        ("tiny-teacher", {"width": 15}, "width is 15, its members say 16"),
+        ("tiny-teacher", {"weights_sha256": 5}, "weights_sha256 is 5, expected text"),
+        ("tiny-teacher", {"tokens": None}, "tokens is None, expected text"),
+        ("moments", {"scale": [0.7]}, r"scale is \[0.7\] .*'tiny-kl' has \[0.5\] here.*repa.toml"),
+        ("moments", {"shift": [0.7]}, r"shift is \[0.7\] .*'tiny-kl' has \[0.1\] here"),
+        ("moments", {"posterior": "none"}, "posterior is 'none' .*has 'gaussian' here"),
+        ("moments", {"downsample": 4}, "downsample is 4 .*has 8 here"),
+        ("moments", {"autoencoder": ["x"]}, "no name of an encoder or autoencoder"),
+    ],
+)
+def test_a_record_that_does_not_fit_its_members_is_refused(
+    tmp_path: Path, member: str, changes: dict[str, Any], said: str
+) -> None:
+    write_reference(tmp_path / "set")
+    encode(tmp_path / "set", tmp_path / "work")
+    run_export(tmp_path / "work", tmp_path / "tars", to="webdataset")
+    path = tmp_path / "tars" / RECORD
+    record = json.loads(path.read_text())
+    record["members"][member]["manifest"].update(changes)
+    path.write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match=said) as caught:
+        run_import(import_config(tmp_path / "tars", tmp_path / "again", from_="webdataset"))
+    assert "\n" not in str(caught.value)
+    assert cache(tmp_path / "again").list("") == ["index.parquet", "manifest.json"]
+    assert not list(tmp_path.rglob("*EVIL*"))
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"members": []}', b'{"members": {"moments": 1}}'])
+def test_a_record_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
+    write_reference(tmp_path / "set")
+    run_import(import_config(tmp_path / "set", tmp_path / "work"))
+    run_export(tmp_path / "work", tmp_path / "tars", to="webdataset")
+    (tmp_path / "tars" / RECORD).write_bytes(content)
+    with pytest.raises(DataError, match="export.json .*is not that of an export"):
+        run_import(import_config(tmp_path / "tars", tmp_path / "again", from_="webdataset"))
+
+
+def test_samples_of_the_same_key_are_refused(tmp_path: Path) -> None:
+    write_reference(tmp_path / "set")
+    run_import(import_config(tmp_path / "set", tmp_path / "work"))
+    run_export(tmp_path / "work", tmp_path / "tars", to="webdataset")
+    key = read_index(cache(tmp_path / "work")).entries[0].key
+    said = json.dumps({"key": key}).encode()
+    rewrite(tmp_path / "tars/000001.tar", replace("000000009.json", said))
+    with pytest.raises(DataError, match=f"'000000009' in 000001.tar .* '000000000' in .*'{key}'"):
+        run_import(import_config(tmp_path / "tars", tmp_path / "again", from_="webdataset"))
+
+
+def test_lossy_tokens_are_not_exported_without_their_scale(tmp_path: Path) -> None:
+    write_reference(tmp_path / "set")
+    encode(tmp_path / "set", tmp_path / "work", codec="int8")
+    (tmp_path / "work/cache" / f"{FEATURES}.scale" / "seal.json").unlink()
+    for coded in (False, True):
+        with pytest.raises(MissingError, match=rf"{FEATURES}\.scale .*cache-features"):
+            run_export(tmp_path / "work", tmp_path / "tars", to="webdataset", coded=coded)
+
+
+def test_a_destination_with_credentials_is_refused_unseen(tmp_path: Path) -> None:
+    write_reference(tmp_path / "set")
+    run_import(import_config(tmp_path / "set", tmp_path / "work"))
+    with pytest.raises(ConfigError, match="carries credentials") as caught:
+        run_export(tmp_path / "work", "https://host/x?sig=s3cr3t")
+    assert "s3cr3t" not in str(caught.value)

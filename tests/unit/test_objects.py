@@ -24,7 +24,13 @@ from repa_pipeline.data import objects
 from repa_pipeline.data.fsstore import RemoteStore
 from repa_pipeline.data.objects import LocalStore, ObjectStore, get_json, json_bytes, open_store
 from repa_pipeline.data.retry import RetryPolicy
-from repa_pipeline.errors import DamagedError, MissingError, StageError, StoreError
+from repa_pipeline.errors import (
+    DamagedError,
+    MismatchError,
+    MissingError,
+    StageError,
+    StoreError,
+)
 from repa_pipeline.testing.stores import ATOMIC_CHECKS, CHECKS, Check
 
 _numbers = itertools.count()
@@ -275,3 +281,28 @@ def test_json_is_one_document(tmp_path: Path) -> None:
     store.put("k", json_bytes({"z": None, "a": "\u00e9"}))
     assert store.get("k").endswith(b"}\n")
     assert json.loads(store.get("k")) == {"a": "\u00e9", "z": None}
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "a/..", "..", "/etc/x"])
+def test_keys_lead_nowhere_else(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x").write_bytes(b"mine")
+    remote = RemoteStore("memory://keys", MemoryFileSystem(), QUICK)
+    for store in (LocalStore(str(tmp_path / "store")), remote):
+        uses: list[Callable[[], Any]] = [
+            lambda store=store: store.get(key),
+            lambda store=store: store.read_into(key, memoryview(bytearray(4))),
+            lambda store=store: store.read_range(key, 0, 1),
+            lambda store=store: store.size(key),
+            lambda store=store: store.put(key, b"y"),
+            lambda store=store: store.put_new(key, b"y"),
+            lambda store=store: store.list(key),
+            lambda store=store: list(store.keys(key)),
+            lambda store=store: store.delete(key),
+            lambda store=store: store.child(key),
+        ]
+        for use in uses:
+            with pytest.raises(MismatchError, match=r"is no key of a store: .*'\.\.'"):
+                use()
+    assert (tmp_path / "x").read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["x"]
+    LocalStore(str(tmp_path)).put("a..b/..c/c..", b"z")

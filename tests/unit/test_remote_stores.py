@@ -20,6 +20,7 @@ from repa_pipeline.data.fsstore import RemoteStore, refuse_credentials
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.data.retry import Passing, RetryPolicy, answer_of, ask, passing_answer
 from repa_pipeline.data.s3 import S3Store
+from repa_pipeline.data.source import open_source
 from repa_pipeline.errors import ConfigError, StoreError
 
 _numbers = itertools.count()
@@ -219,3 +220,43 @@ def test_a_store_opens_anew_in_another_process(monkeypatch: pytest.MonkeyPatch) 
     assert b"s3cr3t" not in packed and pickle.loads(packed).url == store.url
     monkeypatch.setattr(os, "getpid", lambda: 1)
     assert store._fs is not client  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "X-Amz-Algorithm=A&X-Amz-Credential=AKID%2Fx&X-Amz-Signature=s3cr3t",
+        "x-amz-security-token=s3cr3t",
+        "X-Goog-Signature=s3cr3t",
+        "sv=2024-01-01&se=x&sig=s3cr3t",
+        "versionId=1;token=s3cr3t",
+        "AWSAccessKeyId=AKID&Expires=1&Signature=s3cr3t",
+        "access_token=s3cr3t",
+        "Policy=s3cr3t&Key-Pair-Id=AKID",
+        "a=1#token=s3cr3t",
+    ],
+)
+def test_signed_urls_are_refused_unseen(query: str) -> None:
+    for url in (
+        f"https://host/train-0000.tar?{query}",
+        f"simplecache::https://host/train-{{0..9}}.tar?{query}",
+        f"https://host/a.tar?{query}::https://host/b.tar",
+        f"s3://bucket/p?{query}",
+    ):
+        for use in (refuse_credentials, open_store, open_source):
+            with pytest.raises(ConfigError, match="carries credentials in its query") as caught:
+                use(url)
+            said = str(caught.value)
+            assert "\n" not in said
+            assert not [p for p in ("s3cr3t", "AKID", "bucket", "host", "0000") if p in said]
+
+
+def test_other_queries_are_not_refused() -> None:
+    for url in (
+        "https://host/a.tar?versionId=3&download=1",
+        "s3://bucket/token=3/train-?.tar",
+        "s3://bucket/x?/sig=3/*.tar",
+        "local/folder?token=3",
+        "memory://x/signature=1",
+    ):
+        refuse_credentials(url)

@@ -109,7 +109,10 @@ def ruin(cache: Path) -> None:
     (cache / f"{TOKENS}.flip" / "zarr.json").unlink()
     shutil.rmtree(cache / "ledger" / f"{TOKENS}.flip")
     (cache / "ledger" / LATENTS / "000003.json").write_bytes(b"{}")
-    (cache / TOKENS / "notes.txt").write_text("mine")
+    shutil.copytree(cache / TOKENS / "c/5", cache / TOKENS / "c/6")
+    shutil.copy(
+        cache / "ledger" / LATENTS / "000005.json", cache / "ledger" / LATENTS / "000006.json"
+    )
 
 
 def test_every_file_is_what_it_was(cache: Path) -> None:
@@ -126,13 +129,14 @@ def test_every_file_is_what_it_was(cache: Path) -> None:
         f"{TOKENS}.flip: metadata written again from the seal",
         f"{TOKENS}.scale: encoded again shards 2, 3",
         f"{TOKENS}: encoded again shard 0",
-        f"{TOKENS}: removed {TOKENS}/notes.txt",
+        f"{TOKENS}: removed {TOKENS}/c/6/0/0",
         f"{TOKENS}: sealed from its ledger",
         f"{LATENTS}.flip: encoded again shard 5",
         f"{LATENTS}.flip: sealed from its ledger",
         f"{LATENTS}: 1 ledger record from the seal",
         f"{LATENTS}: encoded again shard 1",
         f"{LATENTS}: metadata written again from the seal",
+        f"{LATENTS}: removed ledger/{LATENTS}/000006.json",
     ]
     assert run(cache).done == ()
 
@@ -283,7 +287,7 @@ def test_other_bytes_are_refused_or_accepted(cache: Path, other_machine: None) -
     flip(shard_file(cache, TOKENS, 1), 7)
     shard_file(cache, LATENTS, 0).unlink()
     broken = files(cache)
-    with pytest.raises(StageError, match=f"{TOKENS} would get other bytes than the sealed ones"):
+    with pytest.raises(MismatchError, match=f"{TOKENS} would get other bytes than the sealed"):
         run(cache).check()
     assert files(cache) == broken
     repaired = run(cache, accept=True)
@@ -415,3 +419,62 @@ def test_what_the_command_prints(cache: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == (
         f"{TOKENS}: encoded again shard 1\nrepaired: 6 arrays, 36 shards sound\n"
     )
+
+
+def test_what_is_not_ours_is_left_alone(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = (
+        f"{LATENTS}/README.md",
+        f"{LATENTS}/c/9/0",
+        f"{LATENTS}/c/00/0/0/0",
+        f"{LATENTS}/deep/er/notes.txt",
+        f"ledger/{LATENTS}/000001.json.bak",
+        f"ledger/{LATENTS}/README",
+    )
+    for name in mine:
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text("mine")
+    killed = cache / LATENTS / "c/0/.tmp-pod7-1-1"
+    killed.write_bytes(b"half")
+    os.utime(killed, (0, 0))
+    repaired = run(cache)
+    repaired.check()
+    assert repaired.done == (f"{LATENTS}: removed {LATENTS}/c/0/.tmp-pod7-1-1",)
+    assert not killed.exists()
+    assert [(cache / name).read_text() for name in mine] == ["mine"] * 6
+    assert repaired.report.foreign == tuple(sorted(mine))
+    repair(config_of(cache))
+    told = capsys.readouterr().out
+    assert f"note: {cache}/{LATENTS}/README.md is no part of the array: left alone\n" in told
+    assert told.endswith("nothing to repair: 6 arrays, 36 shards sound\n")
+    verify(VerifyConfig(workspace=str(cache.parent)))
+    assert f"note: {cache}/{LATENTS}/README.md is no part of" in capsys.readouterr().out
+
+
+def seal_as_other(cache: Path, name: str, shard: int) -> None:
+    """The seal and the ledger say another digest of a shard than any encoding gives."""
+    path = cache / name / "seal.json"
+    seal = json.loads(path.read_text())
+    del seal["seal_sha256"]
+    digest = seal["shards"][shard]["digest"]
+    other = digest[:-4] + ("0000" if digest[-4:] != "0000" else "1111")
+    seal["shards"][shard]["digest"] = other
+    path.write_text(json.dumps({**seal, "seal_sha256": fingerprint(seal)}))
+    edit_json(cache / "ledger" / name / f"{shard:06d}.json", digest=other)
+
+
+def test_one_array_that_differs_does_not_spoil_the_others(cache: Path) -> None:
+    sound = shard_file(cache, TOKENS, 1).read_bytes()
+    flip(shard_file(cache, TOKENS, 1), 7)
+    seal_as_other(cache, f"{TOKENS}.scale", 1)
+    seal_as_other(cache, f"{TOKENS}.scale", 3)
+    repaired = run(cache)
+    assert repaired.done == (f"{TOKENS}: encoded again shard 1",)
+    assert shard_file(cache, TOKENS, 1).read_bytes() == sound
+    assert [(d.array, d.shard) for d in repaired.report.damage] == [
+        (f"{TOKENS}.scale", 1),
+        (f"{TOKENS}.scale", 3),
+    ]
+    said = f"^{TOKENS}.scale would get other bytes than the sealed ones .shards 1, 3.: .*--accept"
+    with pytest.raises(MismatchError, match=said):
+        repaired.check()
+    run(cache, accept=True).check()

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -578,7 +579,41 @@ def test_default_scratch_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPA_SCRATCH", "/fast/disk")
     assert default_scratch_dir() == "/fast/disk"
     monkeypatch.delenv("REPA_SCRATCH")
-    assert os.path.basename(default_scratch_dir()) == "repa-scratch"
+    assert os.path.basename(default_scratch_dir()) == f"repa-scratch-{os.getuid()}"
+
+
+def test_the_default_scratch_folder_is_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REPA_SCRATCH", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    write(tmp_path / "x.tar.gz", gzip.compress(tar_bytes(sample_members(0, 1))))
+
+    def read() -> bytes:
+        source = open_source(str(tmp_path / "x.tar.gz"))
+        return source.read(source.items()[0])
+
+    folder = Path(default_scratch_dir())
+    assert read() == read()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    read()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    # Somebody else's, who put there what would be read: named for another user, made by this one.
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    folder.rename(default_scratch_dir())
+    with pytest.raises(StageError, match="belongs to another user.*REPA_SCRATCH") as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    Path(default_scratch_dir()).rename(tmp_path / "elsewhere")
+    Path(default_scratch_dir()).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StageError, match="belongs to another user"):
+        read()
+    # A folder that was given may be shared.
+    monkeypatch.setenv("REPA_SCRATCH", str(tmp_path / "elsewhere"))
+    read()
 
 
 def test_descriptors_close_when_forgotten(tmp_path: Path) -> None:

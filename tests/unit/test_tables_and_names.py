@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from repa_pipeline.data import tables
 from repa_pipeline.data.index import Entry, open_index, read_index, write_index
-from repa_pipeline.data.names import ArrayName, parse_name
+from repa_pipeline.data.names import ArrayName, check_part, parse_name
 from repa_pipeline.data.objects import LocalStore, open_store
 from repa_pipeline.data.tables import TableRows, table_bytes
 from repa_pipeline.errors import DamagedError, MismatchError, MissingError
@@ -108,3 +109,22 @@ def test_names(text: str, name: ArrayName) -> None:
 def test_other_names_are_refused(text: str) -> None:
     with pytest.raises(MismatchError, match="is not an array of a cache"):
         parse_name(text)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["x/../../../EVIL", "..", ".x", "-x", "_x", "a b", "a\\b", "a/b", "a\n", "", None, ["x"]],
+)
+def test_names_that_are_no_part_of_a_folder_are_refused(part: Any) -> None:
+    for refused in (lambda: check_part(part), lambda: ArrayName("features", part, 8)):
+        with pytest.raises(MismatchError, match="no name of an encoder or autoencoder") as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+    if isinstance(part, str):
+        with pytest.raises(MismatchError):
+            parse_name(f"features.{part}.8")
+
+
+def test_parts_of_names() -> None:
+    for part in ("dinov2-b", "my.net", "7", "SigLIP_2+x"):
+        assert check_part(part) == part
