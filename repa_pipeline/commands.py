@@ -23,12 +23,12 @@ from repa_pipeline.config import (
 )
 from repa_pipeline.data.index import Index
 from repa_pipeline.engine.contracts import Output
-from repa_pipeline.engine.ledger import Ledger
+from repa_pipeline.engine.ledger import Ledger, standing
 from repa_pipeline.engine.run import StageResult, run_stage
 from repa_pipeline.errors import ConfigError, UnknownNameError
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.resolve import Project, resolve
-from repa_pipeline.text import size
+from repa_pipeline.text import count, size
 
 
 def run_index(config: IndexConfig) -> None:
@@ -122,11 +122,11 @@ def sample(config: SampleConfig) -> None:
     (images,) = stage.outputs
     ledger = Ledger(images.store, "ledger", images.plan().fingerprint)
     if config.dry_run:
-        _describe(images, ledger)
+        describe(images, ledger)
         return
     ledgers = {images.name: ledger}
     result = run_stage(stage, choose_executor(config), ledgers, progress_for_stream())
-    _report_pass(result)
+    report_pass(result)
     for path in finish_samples(stage):
         _say(f"made: {path}")
     _say("next: repa evaluate")
@@ -253,7 +253,7 @@ def _index(config: IndexConfig, relist: bool = False) -> Index:
         _say(f"note: {remark}")
     for what, counts in (("excluded", "excluded_reasons"), ("converted", "notes")):
         if manifest[counts]:
-            listed = "; ".join(f"{count} x {name}" for name, count in manifest[counts].items())
+            listed = "; ".join(f"{number} x {name}" for name, number in manifest[counts].items())
             _say(f"{what}: {listed}")
     return index
 
@@ -277,33 +277,35 @@ def _run_pass(config: EncodeConfig, products: list[Any], index: Index) -> None:
     stage = ImagePass(config, tuple(products))
     if config.dry_run:
         for output, ledger in zip(stage.outputs, pass_ledgers(stage).values(), strict=True):
-            _describe(output, ledger)
+            describe(output, ledger)
         return
-    _report_pass(run_pass(stage, index, choose_executor(config), progress_for_stream()))
+    report_pass(run_pass(stage, index, choose_executor(config), progress_for_stream()))
 
 
-def _describe(output: Output, ledger: Ledger) -> None:
-    plan = output.plan()
-    done = [commit for commit in ledger.entries().values() if output.stands(commit)]
-    rows = sum(commit.rows for commit in done)
+def describe(output: Output, ledger: Ledger, also: str = "") -> None:
+    """What --dry-run says of an output; `also`: what its bytes are counted without."""
+    plan, done = output.plan(), standing(output, ledger)
+    rows = sum(commit.rows for commit in done.values())
     _say(
-        f"plan: {plan.where}: {plan.num_rows:,} {plan.unit} in {len(plan.shards)} shards, "
-        f"{size(plan.num_bytes)}; done: {rows:,} {plan.unit} in {len(done)} shards"
+        f"plan: {plan.where}: {plan.num_rows:,} {plan.unit} in {count(len(plan.shards), 'shard')}, "
+        f"{size(plan.num_bytes)}{also}; done: {rows:,} {plan.unit} in {count(len(done), 'shard')}"
         + (", sealed" if output.is_sealed() else "")
     )
 
 
-def _report_pass(result: StageResult) -> None:
+def report_pass(result: StageResult, unit: str = "") -> None:
+    """What a pass did, by output; `unit`: what a row is called, without one as the plan says."""
     for name, output in result.outputs.items():
         plan = output.plan
+        rows = f"{plan.num_rows:,} {unit or plan.unit}"
         if not output.num_new:
-            _say(f"nothing to do: {plan.where} is complete ({plan.num_rows:,} {plan.unit})")
+            _say(f"nothing to do: {plan.where} is complete ({rows})")
             continue
         counts: Counter[str] = Counter()
         for commit in output.commits:
             counts.update(commit.counts)
-        seen = "".join(f", {count:,} {what}" for what, count in counts.items())
-        _say(f"{name}: {plan.num_rows:,} {plan.unit}, {size(plan.num_bytes)}, sealed{seen}")
+        seen = "".join(f", {number:,} {what}" for what, number in counts.items())
+        _say(f"{name}: {rows}, {size(plan.num_bytes)}, sealed{seen}")
         _say(f"output: {plan.where}")
     if result.seconds:
         shown = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 from repa_pipeline.config_care import CopyConfig, RepairConfig, VerifyConfig
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.text import count, size
+
+if TYPE_CHECKING:
+    from repa_pipeline.stages.verify import Report
 
 
 def verify(config: VerifyConfig) -> None:
@@ -22,6 +26,7 @@ def verify(config: VerifyConfig) -> None:
         _say(damage.what)
     for line in (*report.unread, *report.unfinished):
         _say(line)
+    _say_foreign(report)
     if not report.is_recorded:
         _say(f"note: {report.where} cannot be written to, no records were kept")
     report.check()
@@ -46,6 +51,7 @@ def repair(config: RepairConfig) -> None:
         _say(f"not repaired: {error}")
     for damage in repaired.report.damage:
         _say(f"still damaged: {damage.what}")
+    _say_foreign(repaired.report)
     repaired.check()
     report = repaired.report
     shards = f"{count(len(report.arrays), 'array')}, {count(report.num_shards, 'shard')} sound"
@@ -94,6 +100,11 @@ def _plan_repair(config: RepairConfig) -> None:
         _say(f"would repair: {found}")
     if not damage:
         _say("no damage is known: would verify the cache first")
+
+
+def _say_foreign(report: Report) -> None:
+    for key in report.foreign:
+        _say(f"note: {report.where}/{key} is no part of the array: left alone")
 
 
 def _without_devices(config: VerifyConfig) -> VerifyConfig:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from repa_pipeline.commands import describe, report_pass
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig, InspectConfig
-from repa_pipeline.engine.contracts import Output
-from repa_pipeline.engine.ledger import Ledger
-from repa_pipeline.engine.run import StageResult, run_stage
+from repa_pipeline.engine.run import run_stage
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.text import count, size
 
@@ -57,7 +55,7 @@ def export(config: ExportConfig) -> None:
     images = "with images" if output.with_images else "without images"
     _say(f"export of {', '.join(names)}, {images}: {config.to} at {output.where}")
     if config.dry_run:
-        return _describe(output, output.ledger)
+        return describe(output, output.ledger, " and images" * output.with_images)
     if isinstance(output, ReferenceZip) and output.is_sealed():
         output.tidy()
         return _say(f"nothing to do: {output.where} is complete")
@@ -95,7 +93,7 @@ def import_(config: ImportConfig) -> None:
     )
     for remark in manifest["remarks"]:
         _say(f"note: {remark}")
-    _report(result)
+    report_pass(result, "rows")
     _say("next: repa cache-features" if _has_images(manifest) else "next: repa train")
 
 
@@ -173,29 +171,6 @@ def _settings(values: Any) -> str:
         elif value is not None:
             parts.append(f"{name} {value}")
     return ", ".join(parts)
-
-
-def _describe(output: Output, ledger: Ledger) -> None:
-    plan = output.plan()
-    done = [commit for commit in ledger.entries().values() if output.stands(commit)]
-    _say(
-        f"plan: {plan.where}: {plan.num_rows:,} {plan.unit} in {count(len(plan.shards), 'shard')}, "
-        f"{size(plan.num_bytes)} and images; done: {len(done)} shards"
-        + (", sealed" if output.is_sealed() else "")
-    )
-
-
-def _report(result: StageResult) -> None:
-    for name, output in result.outputs.items():
-        if not output.num_new:
-            _say(f"nothing to do: {output.plan.where} is complete")
-            continue
-        counts: Counter[str] = Counter()
-        for commit in output.commits:
-            counts.update(commit.counts)
-        seen = "".join(f", {number:,} {what}" for what, number in counts.items())
-        _say(f"{name}: {output.plan.num_rows:,} rows, {size(output.plan.num_bytes)}, sealed{seen}")
-        _say(f"output: {output.plan.where}")
 
 
 def _has_images(manifest: Any) -> bool:

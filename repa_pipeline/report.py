@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_pipeline.config import ReportConfig
+from repa_pipeline.data.fsstore import refuse_credentials
 from repa_pipeline.data.objects import LocalStore
 from repa_pipeline.errors import ConfigError, MissingError
 from repa_pipeline.report_charts import COLOURS, Line, Panel, draw
@@ -71,6 +72,7 @@ def _output(config: ReportConfig) -> Path:
     if config.output:
         return Path(config.output)
     if "://" in config.workspace:
+        refuse_credentials(config.workspace)
         raise ConfigError(
             f"the report is a local file, the workspace is {config.workspace}: give --output FILE"
         )

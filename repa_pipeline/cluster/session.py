@@ -102,8 +102,12 @@ def _silence_errors(ray: Any) -> None:
 def _environment(is_local: bool) -> Iterator[None]:
     """What Ray reads from the environment when it is imported and started."""
     wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    if is_local:  # a cluster of one machine listens on the loopback interface alone
+    if is_local:
+        # A cluster of one machine listens on the loopback interface alone, and gathers no metrics
+        # for a dashboard that it does not have.
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        wanted["RAY_enable_metrics_collection"] = "0"
+        wanted["RAY_task_events_report_interval_ms"] = "0"
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:

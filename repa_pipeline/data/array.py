@@ -362,6 +362,10 @@ def open_sealed(store: ObjectStore, name: str, made_by: str) -> SealedArray:
 
 
 def parse_seal(where: str, name: str, seal: dict[str, Any], made_by: str) -> ArraySpec:
+    """The spec of the array that a seal is of; takes its checksum, `seal_sha256`, out of `seal`.
+
+    where, made_by: for messages. Raises DamagedError for what is no seal or fails its checksum.
+    """
     digest = seal.pop("seal_sha256", None)
     try:
         shape, container = tuple(seal["record_shape"]), seal.get("container", "zarr")

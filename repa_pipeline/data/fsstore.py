@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from repa_pipeline.data.retry import Passing, RetryPolicy, answer_of, ask, passing_answer
-from repa_pipeline.errors import ConfigError, DamagedError, MissingError, RepaError, StageError
+from repa_pipeline.errors import (
+    ConfigError,
+    DamagedError,
+    MismatchError,
+    MissingError,
+    RepaError,
+    StageError,
+)
 
 Data = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -25,6 +33,14 @@ _LARGE_BYTES = 2**20
 _OBJECT_STORES = {
     *("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "obs", "oci", "r2", "tos"),
     *("memory", "hf"),
+}
+# A name in a query or fragment, in front of its '='.
+_QUERY_NAME = re.compile(r"(?<=[?&;#])[\w-]+(?==)")
+# Names of what signs a request to S3, GCS, Azure or CloudFront, or stands for a user.
+_SECRETS = {
+    *("x-amz-signature", "x-amz-credential", "x-amz-security-token", "awsaccesskeyid"),
+    *("x-goog-signature", "x-goog-credential", "googleaccessid", "key-pair-id"),
+    *("signature", "sig", "token", "access_token", "auth", "api_key", "apikey", "password"),
 }
 
 
@@ -103,7 +119,7 @@ class RemoteStore:
             return []
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        folder = f"{self._root}/{prefix}".rstrip("/")
+        folder = self._path(prefix).rstrip("/")
         try:
             found = self._ask("LIST", prefix, lambda _: self._fs.find(folder))
         except MissingError:
@@ -117,7 +133,7 @@ class RemoteStore:
             self._ask("DELETE", key, lambda _: self._remove(key))
 
     def child(self, name: str) -> RemoteStore:
-        return type(self)(f"{self.url}/{name}", self._given, self._retry)
+        return type(self)(f"{self.url}/{check_key(name)}", self._given, self._retry)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": (0, None)}
@@ -173,7 +189,7 @@ class RemoteStore:
     # One request each; errors are the library's own, a missing object is one of ABSENT.
 
     def _path(self, key: str) -> str:
-        return f"{self._root}/{key}"
+        return f"{self._root}/{check_key(key)}"
 
     def _read(self, key: str) -> bytes:
         data: bytes = self._fs.cat_file(self._path(key))
@@ -222,8 +238,26 @@ def whole_range(data: bytes, name: str, start: int, num_bytes: int) -> bytes:
     return data
 
 
+def check_key(key: str) -> str:
+    """`key` itself; raises MismatchError for one that could name something outside its store."""
+    if key.startswith("/") or ".." in key.split("/"):
+        raise MismatchError(
+            f"{key!r} is no key of a store: expected a path below its URL, without '..'"
+        )
+    return key
+
+
 def refuse_credentials(url: str) -> None:
-    """Raises ConfigError, without a word of the URL, when one carries a password or a key."""
+    """Raises ConfigError, without a word of the URL, when one carries a password or a key.
+
+    Signed URLs do: what opens them stands in the query.
+    """
+    if "://" in url and any(name.lower() in _SECRETS for name in _QUERY_NAME.findall(url)):
+        raise ConfigError(
+            "a URL carries credentials in its query (a signed one does): they would end up in "
+            "manifests and messages; give the URL without a query, and the credentials in the "
+            "environment, or copy the files to a disk"
+        )
     place = urlsplit(url).netloc
     user, at, _ = place.rpartition("@")
     is_s3 = url.startswith(("s3://", "s3a://"))

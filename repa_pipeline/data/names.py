@@ -8,23 +8,28 @@ features.dinov2-b.256.flip        tokens of the mirrored view (its scales: .flip
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from repa_pipeline.errors import MismatchError
 
 MIRRORED = ".flip"
 SCALE = ".scale"
 KINDS = ("latents", "features")
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayName:
-    """An array's name taken apart: `part` is the autoencoder or the encoder."""
+    """An array's name taken apart: `part` is the autoencoder or the encoder (`check_part`)."""
 
     kind: str
     part: str
     resolution: int
     mirrored: bool = False
     scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_part(self.part)
 
     def __str__(self) -> str:
         base = f"{self.kind}.{self.part}.{self.resolution}"
@@ -43,6 +48,17 @@ class ArrayName:
         else:
             command = f"cache-features --encoder {self.part}"
         return command + " --flip" * self.mirrored
+
+
+def check_part(part: str) -> str:
+    """`part` itself, the name of an autoencoder or encoder; an array's name, and so a folder, has
+    it in it. Raises MismatchError for one that is more than a plain name, or no text at all."""
+    if not isinstance(part, str) or not _PART.fullmatch(part):
+        raise MismatchError(
+            f"{part!r} is no name of an encoder or autoencoder: expected letters, digits and '_', "
+            "'.', '+', '-', a letter or digit first"
+        )
+    return part
 
 
 def parse_name(name: str) -> ArrayName:

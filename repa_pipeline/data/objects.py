@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from repa_pipeline.data.fsstore import ABSENT, RemoteStore, whole_range
+from repa_pipeline.data.fsstore import ABSENT, RemoteStore, check_key, whole_range
 from repa_pipeline.data.retry import RetryPolicy
 from repa_pipeline.data.s3 import S3Store
 from repa_pipeline.errors import DamagedError, MissingError, StageError
@@ -26,7 +26,10 @@ _TEMPORARY = ".tmp-"
 
 
 class ObjectStore(Protocol):
-    """Blobs by key; keys use '/' and are relative to `url`."""
+    """Blobs by key; keys use '/' and are relative to `url`.
+
+    A key that could lead out of `url` is refused by every method with MismatchError.
+    """
 
     url: str
 
@@ -96,32 +99,32 @@ class LocalStore:
 
     def get(self, key: str) -> bytes:
         try:
-            return (self.root / key).read_bytes()
+            return self._path(key).read_bytes()
         except ABSENT as error:
-            raise MissingError(f"no object {self.root / key}") from error
+            raise MissingError(f"no object {self._path(key)}") from error
 
     def read_into(self, key: str, buffer: memoryview) -> int:
         try:
-            with open(self.root / key, "rb", buffering=0) as file:
+            with open(self._path(key), "rb", buffering=0) as file:
                 return _read_all(file, buffer)
         except ABSENT as error:
-            raise MissingError(f"no object {self.root / key}") from error
+            raise MissingError(f"no object {self._path(key)}") from error
 
     def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
         try:
-            with open(self.root / key, "rb") as file:
+            with open(self._path(key), "rb") as file:
                 file.seek(start)
                 data = file.read(num_bytes)
         except ABSENT as error:
-            raise MissingError(f"no object {self.root / key}") from error
-        return whole_range(data, str(self.root / key), start, num_bytes)
+            raise MissingError(f"no object {self._path(key)}") from error
+        return whole_range(data, str(self._path(key)), start, num_bytes)
 
     def size(self, key: str) -> int | None:
-        path = self.root / key
+        path = self._path(key)
         return path.stat().st_size if path.is_file() else None
 
     def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
-        final = self.root / key
+        final = self._path(key)
         if final.exists():
             _remove_orphans(final.parent)  # a writer killed between link and unlink leaves one
             return False
@@ -141,28 +144,31 @@ class LocalStore:
         return True
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
-        final = self.root / key
+        final = self._path(key)
         os.replace(self._write_temporary(final, data), final)
         _sync_folder(final.parent)
 
     def list(self, prefix: str) -> list[str]:
-        folder = self.root / prefix
+        folder = self._path(prefix)
         if not folder.is_dir():
             return []
         return sorted(n for n in os.listdir(folder) if not n.startswith(_TEMPORARY))
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        for folder, _, names in os.walk(self.root / prefix):
+        for folder, _, names in os.walk(self._path(prefix)):
             for name in names:
                 if not name.startswith(_TEMPORARY):
                     yield (Path(folder) / name).relative_to(self.root).as_posix()
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(*ABSENT):
-            (self.root / key).unlink()
+            self._path(key).unlink()
 
     def child(self, name: str) -> ObjectStore:
-        return LocalStore(os.path.join(self.url, name))
+        return LocalStore(os.path.join(self.url, check_key(name)))
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
 
     def _write_temporary(self, final: Path, data: bytes | bytearray | memoryview) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ class S3Store(RemoteStore):
             )
 
     def _place(self, key: str) -> dict[str, str]:
-        bucket, name, _ = self._fs.split_path(f"{self._root}/{key}")
+        bucket, name, _ = self._fs.split_path(self._path(key))
         return {"Bucket": bucket, "Key": name}
 
     def _folder(self, prefix: str) -> str:

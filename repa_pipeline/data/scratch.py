@@ -26,8 +26,13 @@ _TAR, _PART, _LOCK = ".tar", ".part", ".lock"
 
 
 def default_scratch_dir() -> str:
-    """$REPA_SCRATCH, or `repa-scratch` in the machine's temporary folder."""
-    return os.environ.get("REPA_SCRATCH") or os.path.join(tempfile.gettempdir(), "repa-scratch")
+    """$REPA_SCRATCH, or `repa-scratch-UID` in the machine's temporary folder."""
+    return os.environ.get("REPA_SCRATCH") or _own_scratch_dir()
+
+
+def _own_scratch_dir() -> str:
+    """Everybody may write to its parent, so `Scratch` looks whose it is."""
+    return os.path.join(tempfile.gettempdir(), f"repa-scratch-{os.getuid()}")
 
 
 Unpack = Callable[[BinaryIO, str], Iterator[bytes]]
@@ -55,13 +60,14 @@ class Scratch:
         name: for messages. open_packed: opens the packed file, may raise FileNotFoundError.
         unpack: (packed file, name) -> its content in pieces (default: gunzip).
         Raises MissingError when there is no packed file, DataError when it is damaged, StageError
-        when the content is larger than the limit or the folder cannot be written.
+        when the content is larger than the limit, or the folder cannot be written or, in the
+        machine's temporary folder, belongs to another user.
         """
         try:
+            self._make_folder()
             fd = self._open(key)
             if fd is not None:
                 return fd
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
             with self._locked(key):
                 fd = self._open(key)
                 return self._unpack(key, name, open_packed, unpack or gunzip) if fd is None else fd
@@ -72,6 +78,20 @@ class Scratch:
                 f"cannot unpack {name} into {self._folder}: {error.strerror or error}; "
                 "free some space, lower --scratch-gb or set REPA_SCRATCH to another folder"
             ) from None
+
+    def _make_folder(self) -> None:
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        if self._folder != _own_scratch_dir():
+            return
+        there = os.stat(self._folder)
+        # A link in a folder of everybody's is trusted when its maker is.
+        if {there.st_uid, os.lstat(self._folder).st_uid} != {os.getuid()}:
+            raise StageError(
+                f"the scratch folder {self._folder} belongs to another user: remove it, or give "
+                "one of your own by --scratch or REPA_SCRATCH"
+            )
+        if there.st_mode & 0o077:
+            os.chmod(self._folder, 0o700)
 
     def _path(self, key: str, suffix: str) -> str:
         return os.path.join(self._folder, key + suffix)

@@ -46,7 +46,7 @@ def open_source(
     """Opens a source of images; lists a few directories or globs at most, reads no image.
 
     scratch_dir: where a .tar.gz or a parquet file is unpacked (default $REPA_SCRATCH, or
-    `repa-scratch` in the machine's temporary folder), at most `scratch_limit_bytes` at a time.
+    `repa-scratch-UID` in the machine's temporary folder), at most `scratch_limit_bytes` at a time.
     What `read` needs follows from the url, so a worker may read items that another process
     listed.
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from repa_pipeline.data.objects import ObjectStore, get_json, json_bytes
-from repa_pipeline.engine.contracts import Commit
+from repa_pipeline.engine.contracts import Commit, Output
 from repa_pipeline.errors import DamagedError, MissingError
 
 # Small requests under way at once: an object store answers each in tens of milliseconds.
@@ -47,6 +47,22 @@ class Ledger:
             return _commit(entry)
         except (DamagedError, MissingError, KeyError, TypeError, ValueError):
             return None
+
+
+def standing(output: Output, ledger: Ledger) -> dict[int, Commit]:
+    """The shards of an output's plan that are recorded or sealed and whose objects are there.
+
+    By index, in order. Objects are asked for NUM_READERS at a time. A record of another
+    partition is none; where seal and ledger both speak of a shard, the ledger is believed.
+    """
+    rows = {shard.index: shard.num_rows for shard in output.plan().shards}
+    vouched = {**{commit.index: commit for commit in output.sealed()}, **ledger.entries()}
+    fitting = [
+        commit for index, commit in sorted(vouched.items()) if rows.get(index) == commit.rows
+    ]
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        stands = pool.map(output.stands, fitting)
+    return {c.index: c for c, is_there in zip(fitting, stands, strict=True) if is_there}
 
 
 def _commit(entry: dict[str, Any]) -> Commit:

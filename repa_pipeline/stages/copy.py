@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 
 from repa_pipeline.config_care import CopyConfig
-from repa_pipeline.data.array import SealedArray, begin_array
+from repa_pipeline.data.array import SealedArray, array_names, begin_array
 from repa_pipeline.data.index import INDEX, read_index
 from repa_pipeline.data.names import SCALE
 from repa_pipeline.data.objects import ObjectStore, open_store
@@ -62,14 +62,14 @@ def copy_stores(config: CopyConfig) -> tuple[ObjectStore, ObjectStore]:
 
 
 def copy_cache(config: CopyConfig, progress: Progress) -> Copied:
-    """Copies sealed arrays (or those named) and the index; runs are not copied.
+    """Copies sealed arrays (or those named, with their scales) and the index; runs are not copied.
 
     Everything else is finished before damage of the origin is reported by `Copied.check`. Raises
     MissingError without a cache or for a named array that is unfinished, UnknownNameError,
     DamagedError for the index, MismatchError when the target holds something else.
     """
     origin, target = copy_stores(config)
-    survey = survey_cache(origin, config.array)
+    survey = survey_cache(origin, _with_scales(origin, config.array))
     if survey.index is None:
         raise DamagedError(survey.damage[0].what)
     chosen, left_out, damage = _choose(survey.standings, bool(config.array))
@@ -96,7 +96,7 @@ def plan_copy(config: CopyConfig) -> list[str]:
     """What a copy would do, a line an array; writes nothing, raises as `copy_cache`."""
     origin, target = copy_stores(config)
     chosen, left_out, damage = _choose(
-        survey_cache(origin, config.array).standings, bool(config.array)
+        survey_cache(origin, _with_scales(origin, config.array)).standings, bool(config.array)
     )
     lines = [f"unfinished, left out: {name}" for name in left_out]
     lines += [f"damaged: {line}" for line in damage]
@@ -109,6 +109,12 @@ def plan_copy(config: CopyConfig) -> list[str]:
                 f"{size(spec.num_bytes)}" + ("; done: sealed there" if is_there else "")
             )
     return lines
+
+
+def _with_scales(origin: ObjectStore, names: Sequence[str]) -> list[str]:
+    """The arrays `names` and the scales of those that have one: tokens are not whole without."""
+    known = array_names(origin) if names else []
+    return [*names, *(name + SCALE for name in names if name + SCALE in known)]
 
 
 def _choose(

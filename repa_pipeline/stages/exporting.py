@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from repa_pipeline.config_exchange import ExportConfig
 from repa_pipeline.data.array import SealedArray, fingerprint, first_difference, open_sealed
+from repa_pipeline.data.codec import codec_of
+from repa_pipeline.data.fsstore import refuse_credentials
 from repa_pipeline.data.index import Index, read_index
 from repa_pipeline.data.names import MIRRORED, SCALE, parse_name
 from repa_pipeline.data.objects import ObjectStore, get_json, json_bytes, open_store
@@ -72,11 +74,14 @@ def choose_arrays(config: ExportConfig) -> Exported:
     opened = {name: open_sealed(store, name, parse_name(name).made_by) for name in names}
     for array in opened.values():
         _check_together(array, opened[names[0]], index)
+    # Without its scale a token comes back at an arbitrary length.
     scales = {
         name: open_sealed(store, name + SCALE, parse_name(name).made_by)
         for name in features
-        if name + SCALE in sealed
+        if codec_of(opened[name].spec.manifest, opened[name].where).has_scale
     }
+    for scale in scales.values():
+        _check_together(scale, opened[names[0]], index)
     return Exported(
         index,
         tuple(opened[name] for name in latents),
@@ -283,6 +288,7 @@ def destination(config: ExportConfig) -> str:
     """Where the export goes; raises ConfigError without one, or for one that cannot be."""
     if not config.destination:
         raise ConfigError("no destination: repa export --to reference FOLDER (or SET.zip)")
+    refuse_credentials(config.destination)
     if config.to == "reference" and "://" in config.destination:
         raise ConfigError(
             f"destination {config.destination}: the reference's format is written to local folders "

@@ -35,6 +35,7 @@ from repa_pipeline.stages.recipes import check_recipe, product_of, recipe_of
 from repa_pipeline.stages.verify import Round
 
 ACCEPTED = "accepted"  # counted in the seal of an array that took other bytes
+REFUSED = "refused"  # in place of the digest of bytes that were not stored
 
 
 @dataclasses.dataclass
@@ -104,18 +105,35 @@ def run_job(
         }
         for name, array in job.arrays.items()
     }
+    refused: dict[str, list[int]] = {}
     stage = HealStage(ImagePass(job.settings, (product,)), digests, accept)
     wanted = {shard: frozenset(names) for shard, names in job.wanted.items()}
-    shards = [
-        s for s in split_rows(index.num_rows, index.manifest["shard_rows"]) if s.index in wanted
-    ]  # noqa: E501
+    partition = split_rows(index.num_rows, index.manifest["shard_rows"])
+    shards = [shard for shard in partition if shard.index in wanted]
     progress.start(stage.name, sum(shard.num_rows for shard in shards), 0, "images")
     try:
         for found in executor.map(functools.partial(stage.open, wanted), shards, progress.workers):
-            commits += found
+            for commit in found:
+                if commit.digest == REFUSED:
+                    refused.setdefault(commit.output, []).append(commit.index)
+                else:
+                    commits.append(commit)
             progress.advance(found[0].rows)
     finally:
         progress.finish()
+    _raise_refused(refused)
+
+
+def _raise_refused(refused: Mapping[str, list[int]]) -> None:
+    """Raises MismatchError when there were other bytes than the sealed ones."""
+    if refused:
+        indices = sorted({index for of_array in refused.values() for index in of_array})
+        shards = f"shard{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
+        raise MismatchError(
+            f"{', '.join(sorted(refused))} would get other bytes than the sealed ones ({shards}): "
+            "this machine computes otherwise (device, libraries or thread count differ); repair it "
+            "where it was made, make the array again, or take the new bytes with --accept"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,33 +168,23 @@ class _HealWork:
         return self.images.compute(shard, loaded)
 
     def store(self, shard: Shard, computed: Any) -> Commits:
-        """Stores what is right before it raises MismatchError for what is not."""
-        commits, other = [], []
-        for coded in computed:
-            commit = self._store(shard, coded.spec, coded.records, coded.counts)
-            if commit is None:
-                other.append(coded.spec.name)
-            else:
-                commits.append(commit)
-        if other:
-            raise MismatchError(
-                f"{', '.join(other)} would get other bytes than the sealed ones: this machine "
-                "computes otherwise (device, libraries or thread count differ); repair it where "
-                "it was made, make the array again, or take the new bytes with --accept"
-            )
-        return tuple(commits)
+        """Stores what has the right digest; a commit of REFUSED says of an array that it has not,
+        so that what is stored of the others is known to the driver."""
+        return tuple(
+            self._store(shard, coded.spec, coded.records, coded.counts) for coded in computed
+        )
 
     def _store(
         self, shard: Shard, spec: ArraySpec, records: Any, counts: Mapping[str, int]
-    ) -> Commit | None:
-        """None, and nothing stored, when the digest is not the sealed one."""
+    ) -> Commit:
+        """REFUSED, and nothing stored, when the digest is not the sealed one."""
         data = bytearray(spec.layout.shard_bytes(len(records)))
         digest = pack_into(memoryview(data), records, spec.layout, shard.start)
         sealed = self.stage.digests[spec.name][shard.index]
         if sealed.startswith("sha256:"):
             digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         if digest != sealed and not self.stage.accept:
-            return None
+            return Commit(shard.index, len(records), 0, REFUSED, {}, spec.name)
         key = spec.shard_key(shard.index)
         self.store_.put(key, data)
         if self.store_.get(key) != data:

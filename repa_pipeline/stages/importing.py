@@ -23,6 +23,7 @@ from repa_pipeline.data.array import ArraySpec, write_shard
 from repa_pipeline.data.codec import CODECS, encode_float
 from repa_pipeline.data.index import Index
 from repa_pipeline.data.items import Item, Source
+from repa_pipeline.data.names import ArrayName
 from repa_pipeline.data.objects import ObjectStore
 from repa_pipeline.data.refset import open_refset
 from repa_pipeline.data.source import open_source
@@ -185,7 +186,7 @@ def latents_spec(
         **known,
         **({"view": "mirrored"} if mirrored else {}),
     }
-    name = f"latents.{autoencoder.name}.{resolution}" + ".flip" * mirrored
+    name = str(ArrayName("latents", autoencoder.name, resolution, mirrored))
     return array_spec(name, index, shape, config.moments_dtype, manifest, config.format)
 
 

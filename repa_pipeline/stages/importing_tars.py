@@ -52,6 +52,11 @@ class Sample:
     image: Picture | None = None
     arrays: dict[str, Place] = dataclasses.field(default_factory=dict)
 
+    @property
+    def row_key(self) -> str:
+        """What the row is called in the index."""
+        return self.source_key or self.key
+
 
 @dataclasses.dataclass(frozen=True)
 class Tars:
@@ -105,15 +110,36 @@ def _tars_of(url: str) -> tuple[Files, list[str]]:
 def _record(files: Files, url: str) -> Mapping[str, Any]:
     if files.is_file(RECORD):
         try:
-            record: Mapping[str, Any] = json.loads(files.read(RECORD, files.size(RECORD)))
-            return record
+            record: Any = json.loads(files.read(RECORD, files.size(RECORD)))
         except ValueError as error:
             raise DataError(f"{RECORD} of {url} is not JSON: {error}; export again") from None
+        if not _is_record(record):
+            raise DataError(
+                f"{RECORD} of {url} is not that of an export: remove it, or export again"
+            )
+        found: Mapping[str, Any] = record
+        return found
     if files.is_file(f"{STATE}/identity.json"):
         raise DataError(
             f"the export in {url} did not finish (no {RECORD}): run the same `repa export` again"
         )
     return {}
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a JSON value has the parts that are looked into, each of the right kind."""
+    if not isinstance(record, dict):
+        return False
+    members, tars = record.get("members", {}), record.get("tars", [])
+    parts = [record.get("index", {}), record.get("identity", {}), members]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(tars, list):
+        return False
+    about = list(members.values())
+    return all(
+        isinstance(a, dict) and isinstance(a.get("manifest", {}), dict) for a in about
+    ) and all(
+        isinstance(tar, dict) and {"name", "num_bytes", "digest"} <= tar.keys() for tar in tars
+    )
 
 
 def _check_whole(files: Files, names: list[str], record: Mapping[str, Any], url: str) -> None:
@@ -179,10 +205,17 @@ def _read(member: tarfile.TarInfo, file: BinaryIO, limit: int) -> bytes:
 def _check_alike(samples: tuple[Sample, ...]) -> None:
     first = samples[0]
     keys: dict[str, Sample] = {}
+    source_keys: dict[str, Sample] = {}
     for sample in samples:
         where = f"sample '{sample.key}' in {sample.tar}"
         if keys.setdefault(sample.key, sample) is not sample:
             raise DataError(f"{where} is also in {keys[sample.key].tar}: keys must be unique")
+        other = source_keys.setdefault(sample.row_key, sample)
+        if other is not sample:
+            raise DataError(
+                f"{where} and '{other.key}' in {other.tar} both say they are '{sample.row_key}': "
+                "keys must be unique; export again"
+            )
         if sample.label is None or sample.label < 0:
             raise DataError(f"{where} has no class: expected a .cls member with a number")
         if sample.arrays.keys() != first.arrays.keys() or not sample.arrays:

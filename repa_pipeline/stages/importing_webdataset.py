@@ -6,11 +6,15 @@ from front to back. Without images in them the cache trains, but nothing can be 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from repa_pipeline.autoencoders import AutoencoderSpec
 from repa_pipeline.config_exchange import ImportConfig
 from repa_pipeline.data.array import ArraySpec
 from repa_pipeline.data.codec import CODECS
@@ -23,12 +27,14 @@ from repa_pipeline.data.index import (
     write_index,
 )
 from repa_pipeline.data.items import Item
+from repa_pipeline.data.names import ArrayName, check_part
 from repa_pipeline.data.source import open_source
 from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.engine.contracts import Executor
 from repa_pipeline.engine.run import Progress, StageResult
 from repa_pipeline.errors import DataError, MismatchError, UnknownNameError
 from repa_pipeline.registry import autoencoder_spec, encoder_spec
+from repa_pipeline.stages.exporting import RECORD
 from repa_pipeline.stages.exporting_webdataset import MOMENTS
 from repa_pipeline.stages.images import array_spec
 from repa_pipeline.stages.importing import (
@@ -44,6 +50,8 @@ from repa_pipeline.stages.importing_tars import Sample, Tars, scan_tars
 from repa_pipeline.stages.index import cache_store, default_shard_rows, listing_digest
 
 _FLIP = ".flip"
+# What a table entry must say as the exported manifest does: it decides how latents are used.
+_SAME_LATENTS = ("posterior", "channels", "downsample", "scale", "shift")
 # Entries of an exported manifest that stay true of the import.
 _KEPT_LATENTS = ("weights_sha256", "batch_size", "compute")
 _KEPT_FEATURES = (
@@ -88,8 +96,9 @@ def _index_of(config: ImportConfig, tars: Tars) -> Index:
 
 
 def _entry(sample: Sample) -> Entry:
-    key = sample.source_key or sample.key
-    common: dict[str, Any] = {"key": key, "label": sample.label, "path": sample.tar, "notes": ""}
+    common: dict[str, Any] = {
+        "key": sample.row_key, "label": sample.label, "path": sample.tar, "notes": "",
+    }  # fmt: skip
     if sample.image is None:
         # Nothing is known of the image; the row is told apart by where it was.
         digest = content_digest(f"{sample.tar}/{sample.key}".encode())
@@ -151,8 +160,9 @@ def _specs(
         exported: Mapping[str, Any] = about.get("manifest", {})
         base = member.removesuffix(_FLIP)
         if base == MOMENTS:
-            name = exported.get("autoencoder", config.autoencoder)
+            name = check_part(exported.get("autoencoder", config.autoencoder))
             autoencoder = autoencoder_spec(config, name)
+            _check_autoencoder(autoencoder, exported, tars.url)
             known = _kept(exported, _KEPT_LATENTS) | {"latents_listing": digest}
             if config.weights:
                 known.pop("weights_sha256", None)
@@ -177,16 +187,64 @@ def _features_spec(
     encoder = member.removesuffix(_FLIP)
     if len(shape) != 2:
         raise DataError(f".{member}.npy has shape {list(shape)}: expected tokens [T, D]")
-    about = _kept(exported, _KEPT_FEATURES) or _about_encoder(config, encoder, shape, resolution)
+    about = _kept(exported, _KEPT_FEATURES)
+    if about:
+        _check_encoder(about, encoder, shape)
+    else:
+        about = _about_encoder(config, encoder, shape, resolution)
+    mirrored = member.endswith(_FLIP)
     manifest = {
         **imported_manifest(resolution, index),
         "kind": "features",
         **about,
         "codec": CODECS["fp16"].manifest(shape[1]),
-        **({"view": "mirrored"} if member.endswith(_FLIP) else {}),
+        **({"view": "mirrored"} if mirrored else {}),
     }
-    name = f"features.{about['encoder']}.{resolution}" + _FLIP * member.endswith(_FLIP)
+    name = str(ArrayName("features", about["encoder"], resolution, mirrored))
     return array_spec(name, index, shape, "float16", manifest, config.format)
+
+
+def _check_autoencoder(spec: AutoencoderSpec, exported: Mapping[str, Any], url: str) -> None:
+    """Raises MismatchError when latents were exported with another entry than the table's."""
+    here = json.loads(json.dumps(dataclasses.asdict(spec)))
+    for setting in _SAME_LATENTS:
+        there = exported.get(setting, here[setting])
+        if there != here[setting]:
+            raise MismatchError(
+                f"{setting} is {there!r} in {url}, autoencoder '{spec.name}' has {here[setting]!r} "
+                f"here: set it in [autoencoders.{spec.name}] of repa.toml"
+            )
+
+
+def _check_encoder(about: Mapping[str, Any], member: str, shape: tuple[int, ...]) -> None:
+    """Raises MismatchError when what an export says of tokens is not so of its members."""
+    num_tokens, width = shape
+    if check_part(about.get("encoder", "")).lower() != member:
+        raise _unlike(member, "encoder", about["encoder"], repr(member))
+    for setting in ("weights_sha256", "tokens"):
+        if not isinstance(about.get(setting), str):
+            raise MismatchError(
+                f"{RECORD} says of .{member}.npy that {setting} is {about.get(setting)!r}, "
+                "expected text: export again"
+            )
+    if about.get("width") != width:
+        raise _unlike(member, "width", about.get("width"), str(width))
+    grid, class_token = about.get("grid"), about.get("class_token", False)
+    sides = grid if isinstance(grid, list) and len(grid) == 2 else [0]
+    is_grid = all(type(side) is int and side > 0 for side in sides) and class_token in (True, False)
+    if not is_grid or math.prod(sides) + class_token != num_tokens:
+        said = f"{grid!r} and a class token" if class_token else repr(grid)
+        raise MismatchError(
+            f"{RECORD} says of .{member}.npy that grid is {said}, its members say {num_tokens} "
+            "tokens: export again"
+        )
+
+
+def _unlike(member: str, setting: str, said: Any, found: str) -> MismatchError:
+    return MismatchError(
+        f"{RECORD} says of .{member}.npy that {setting} is {said!r}, its members say {found}: "
+        "export again"
+    )
 
 
 def _about_encoder(

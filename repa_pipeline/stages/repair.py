@@ -1,5 +1,7 @@
 """`repa repair`: what is damaged or missing, made again; nothing else is touched.
 
+What our own killed writers left behind is removed; files of anybody else are left alone and named.
+
 Metadata and ledger come from the seal, a seal from ledger and metadata once every shard verifies.
 Shards are encoded again by the recipe in the array's manifest: the same network and weights, the
 same images, the same batches. An object is replaced only by bytes that have the sealed digest.
@@ -126,7 +128,10 @@ def _of_right_size(standing: Standing, threads: int) -> set[int]:
 
 
 def _mend(store: ObjectStore, standing: Standing) -> list[str]:
-    """Puts right what the seal says, and removes strays; lines of what was done."""
+    """Puts right what the seal says, and removes strays; lines of what was done.
+
+    Strays are what our own writers left: what is not of their kinds (`Standing.foreign`) stays.
+    """
     done = []
     array = standing.array
     if array is not None and standing.has("metadata"):

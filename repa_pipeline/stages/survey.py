@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,8 @@ class Standing:
 
     array: its spec and what its seal says of every shard; without a readable seal what the ledger
     says, {} for shards that are not recorded; None when neither seal nor metadata can be read.
-    is_sealed: whether there is a seal that can be read. ledger: its valid records.
+    is_sealed: whether there is a seal that can be read. ledger: its valid records. foreign: keys
+    in its folders that no writer of ours made: no damage, and nobody's to remove but their owner's.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Standing:
     is_sealed: bool
     ledger: Mapping[int, Commit]
     damage: tuple[Damage, ...]
+    foreign: tuple[str, ...] = ()
 
     @property
     def recorded(self) -> list[int]:
@@ -197,8 +200,9 @@ def _survey_array(store: ObjectStore, name: str, index: Index | None) -> Standin
     if sealed or seal_damage:
         damage += _ledger_damage(array, ledger)
     damage += _other_rows(array, index)
-    damage += _strays(array)
-    return Standing(name, array, sealed is not None, ledger, tuple(damage))
+    strays, foreign = _strays(array)
+    damage += strays
+    return Standing(name, array, sealed is not None, ledger, tuple(damage), foreign)
 
 
 def _read_seal(store: ObjectStore, name: str) -> tuple[SealedArray | None, list[Damage]]:
@@ -267,14 +271,8 @@ def _ledger_damage(array: SealedArray, ledger: Mapping[int, Commit]) -> list[Dam
     A sealed array that never had a ledger lacks nothing that a reader needs.
     """
     name, store = array.spec.name, array.store
-    stored = store.list(f"ledger/{name}")
-    expected = {f"{shard:06d}.json" for shard in range(array.spec.num_shards)}
-    damage = [
-        Damage(name, "stray", f"{store.url}/{key} does not belong there; {REPAIR}", key=key)
-        for key in (f"ledger/{name}/{file}" for file in stored if file not in expected)
-    ]
-    wrong = unrecorded(array, ledger)
-    if stored and wrong:
+    wrong, damage = unrecorded(array, ledger), []
+    if wrong and any(file.endswith(".json") for file in store.list(f"ledger/{name}")):
         what = (
             f"{store.url}/ledger/{name}: {_named(wrong)} missing, torn or not what the seal says; "
             f"{REPAIR}"
@@ -314,26 +312,46 @@ def _other_rows(array: SealedArray, index: Index | None) -> list[Damage]:
     return [Damage(array.spec.name, "rows", what)]
 
 
-def _strays(array: SealedArray) -> list[Damage]:
-    """Objects in the array's folder that are no part of it, and temporaries left behind."""
+def _strays(array: SealedArray) -> tuple[list[Damage], tuple[str, ...]]:
+    """Objects in the array's folders that are no part of it: what a writer of ours left there
+    (temporary files, shards and records beyond the last), and keys of everything else."""
     spec, store = array.spec, array.store
     own = {spec.metadata_key, f"{spec.name}/seal.json"}
     own.update(spec.shard_key(shard) for shard in range(spec.num_shards))
-    found = [key for key in store.keys(spec.name) if key not in own]
-    found += _abandoned(store, spec.name)
-    return [
+    own.update(_record_key(spec, shard) for shard in range(spec.num_shards))
+    folders = (spec.name, f"ledger/{spec.name}")
+    found = [key for folder in folders for key in store.keys(folder) if key not in own]
+    left = {key for key in found if _is_left_behind(spec, key)}
+    strays = [
         Damage(spec.name, "stray", f"{store.url}/{key} does not belong there; {REPAIR}", key=key)
-        for key in sorted(found)
+        for key in sorted(left.union(_abandoned(store, folders)))
     ]
+    return strays, tuple(sorted(set(found) - left))
 
 
-def _abandoned(store: ObjectStore, name: str) -> list[str]:
-    """Temporary files that killed writers of any machine left in a local folder."""
+def _record_key(spec: ArraySpec, shard: int) -> str:
+    """The ledger's record of a shard."""
+    return f"ledger/{spec.name}/{shard:06d}.json"
+
+
+def _is_left_behind(spec: ArraySpec, key: str) -> bool:
+    """Whether a key that is none of the array's has a name that only our writers give."""
+    if key.rpartition("/")[2].startswith(".tmp-"):
+        return True
+    return any(
+        key in (spec.shard_key(number), _record_key(spec, number))
+        for number in map(int, re.findall(r"\d+", key.removeprefix(spec.name)))
+    )
+
+
+def _abandoned(store: ObjectStore, folders: Sequence[str]) -> list[str]:
+    """Temporary files that killed writers of any machine left in local folders."""
     if not isinstance(store, LocalStore):
         return []
     old = time.time() - _ABANDONED_S
     return [
         path.relative_to(store.root).as_posix()
-        for path in (store.root / name).rglob(".tmp-*")
+        for folder in folders
+        for path in (store.root / folder).rglob(".tmp-*")
         if path.is_file() and path.stat().st_mtime < old
     ]

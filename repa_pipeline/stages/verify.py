@@ -99,7 +99,8 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a verify found. Counts are of sound shards; `unread` names shards nobody could read.
+    """What a verify found. Counts are of sound shards; `unread` names shards nobody could read,
+    `foreign` keys in the arrays' folders that are not ours: no damage, left alone.
 
     is_recorded: whether records could be written; a cache may be one that cannot be written to.
     """
@@ -113,6 +114,7 @@ class Report:
     damage: tuple[Damage, ...]
     unread: tuple[str, ...]
     is_recorded: bool = True
+    foreign: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises DamagedError, or StoreError when shards could not be read, naming the first."""
@@ -211,6 +213,7 @@ def conclude(survey: Survey, rounds: Sequence[Round], can_record: bool = True) -
         damage=tuple(damage),
         unread=tuple(what for r in rounds for _, what in sorted(r.unread.items())),
         is_recorded=can_record,
+        foreign=tuple(sorted(key for s in survey.standings for key in s.foreign)),
     )
     if can_record:
         for current in rounds:

@@ -18,6 +18,7 @@ from typing import Any
 
 from repa_pipeline.config import CommonConfig, TrainConfig, as_json, decisions
 from repa_pipeline.data.array import first_difference
+from repa_pipeline.data.fsstore import refuse_credentials
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError, StageError
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
@@ -30,6 +31,7 @@ def runs_folder(config: CommonConfig) -> Path:
     if config.runs_dir:
         return Path(config.runs_dir)
     if "://" in config.workspace:
+        refuse_credentials(config.workspace)
         raise ConfigError(
             f"runs are written to a local folder, the workspace is {config.workspace}: give "
             "--runs-dir FOLDER"

@@ -352,9 +352,9 @@ def test_a_lost_answer_is_no_failure(
 def test_chosen_and_unfinished_arrays(
     origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(origin, tmp_path / "one", array=(TOKENS,)).check()
+    run(origin, tmp_path / "one", array=(OTHER,)).check()
     names = {name.split("/")[1] for name in files(tmp_path / "one")}
-    assert names == {"index.parquet", "manifest.json", "ledger", TOKENS}
+    assert names == {"index.parquet", "manifest.json", "ledger", OTHER}
     with pytest.raises(UnknownNameError, match="no array 'x' in"):
         run(origin, tmp_path / "to", array=("x",))
     (origin / "cache" / OTHER / "seal.json").unlink()

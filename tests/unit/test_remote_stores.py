@@ -15,13 +15,16 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from repa_pipeline.config import ReportConfig, RunsConfig
 from repa_pipeline.data import s3
 from repa_pipeline.data.fsstore import RemoteStore, refuse_credentials
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.data.retry import Passing, RetryPolicy, answer_of, ask, passing_answer
 from repa_pipeline.data.s3 import S3Store
 from repa_pipeline.data.source import open_source
-from repa_pipeline.errors import ConfigError, StoreError
+from repa_pipeline.errors import ConfigError, MismatchError, StoreError
+from repa_pipeline.report import write_report
+from repa_pipeline.training.runs import runs_folder
 
 _numbers = itertools.count()
 QUICK = RetryPolicy(attempts=4, first_delay_seconds=0.001, longest_delay_seconds=0.002)
@@ -200,6 +203,9 @@ def test_s3_is_set_up_without_hidden_requests(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("AWS_REGION", "mars-1")
     store = open_store("s3://bucket/p")
     assert isinstance(store, S3Store) and isinstance(store.child("c"), S3Store)
+    for use in (store.get, store.size, store.list, store.child):
+        with pytest.raises(MismatchError, match="is no key of a store"):
+            use("../other")
     client = store._fs
     assert client.retries == 1 and client.config_kwargs["retries"]["total_max_attempts"] == 1
     assert client.dircache.use_listings_cache is False
@@ -249,6 +255,17 @@ def test_signed_urls_are_refused_unseen(query: str) -> None:
             said = str(caught.value)
             assert "\n" not in said
             assert not [p for p in ("s3cr3t", "AKID", "bucket", "host", "0000") if p in said]
+
+
+def test_a_signed_workspace_is_refused_unseen_where_no_store_is_opened() -> None:
+    url = "https://host/x?X-Amz-Signature=s3cr3t"
+    for use in (
+        lambda: runs_folder(RunsConfig(workspace=url)),
+        lambda: write_report(ReportConfig(workspace=url, runs_dir="runs")),
+    ):
+        with pytest.raises(ConfigError, match="carries credentials in its query") as caught:
+            use()
+        assert "s3cr3t" not in str(caught.value)
 
 
 def test_other_queries_are_not_refused() -> None:

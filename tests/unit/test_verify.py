@@ -189,8 +189,8 @@ def test_seal_metadata_ledger_and_strays(cache: Path) -> None:
         (ARRAYS[1], "metadata", ""),
         (ARRAYS[2], "metadata", ""),
         (ARRAYS[3], "ledger", ""),
-        (LATENTS, "stray", f"ledger/{LATENTS}/000006.json"),
         (LATENTS, "stray", f"{LATENTS}/c/0/.tmp-pod7-1-1"),
+        (LATENTS, "stray", f"ledger/{LATENTS}/000006.json"),
     ]
     assert report.foreign == (f"{LATENTS}/notes.txt",)  # of somebody: no damage
     whats = [damage.what for damage in report.damage]
