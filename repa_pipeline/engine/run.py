@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from repa_pipeline.data.objects import ObjectStore
 from repa_pipeline.engine.contracts import Commit, Executor, Output, Plan, Stage, Wanted
-from repa_pipeline.engine.ledger import NUM_READERS, Ledger
+from repa_pipeline.engine.ledger import Ledger, standing
 from repa_pipeline.errors import StageError
 
 
@@ -101,7 +100,7 @@ class _State:
             output.check()
         for output in stage.outputs:
             output.begin()
-        self._done = {name: self._standing(name) for name in self.outputs}
+        self._done = {name: standing(out, ledgers[name]) for name, out in self.outputs.items()}
         self._sealed = {
             name
             for name, output in self.outputs.items()
@@ -154,16 +153,6 @@ class _State:
             },
             self.seconds,
         )
-
-    def _standing(self, name: str) -> dict[int, Commit]:
-        """Recorded or sealed shards of this plan (another partition's are none) that are there."""
-        rows = {shard.index: shard.num_rows for shard in self.shards}
-        vouched = {commit.index: commit for commit in self.outputs[name].sealed()}
-        entries = {**vouched, **self._ledgers[name].entries()}.items()
-        fitting = [commit for index, commit in entries if rows.get(index) == commit.rows]
-        with ThreadPoolExecutor(NUM_READERS) as pool:
-            stands = pool.map(self.outputs[name].stands, fitting)
-        return {c.index: c for c, is_there in zip(fitting, stands, strict=True) if is_there}
 
     def _in_order(self, name: str) -> tuple[Commit, ...]:
         return tuple(commit for _, commit in sorted(self._done[name].items()))

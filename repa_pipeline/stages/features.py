@@ -13,7 +13,7 @@ from repa_pipeline.config import FeaturesConfig
 from repa_pipeline.data.array import ArraySpec, read_spec
 from repa_pipeline.data.codec import CODECS, Codec
 from repa_pipeline.data.index import Index
-from repa_pipeline.data.names import MIRRORED, SCALE
+from repa_pipeline.data.names import MIRRORED, SCALE, ArrayName
 from repa_pipeline.encoders import ENCODERS, EncoderSpec
 from repa_pipeline.errors import ConfigError, MissingError
 from repa_pipeline.registry import encoder_spec
@@ -102,7 +102,7 @@ def features_products(config: FeaturesConfig, index: Index) -> list[Features]:
 def _product(
     config: FeaturesConfig, index: Index, spec: EncoderSpec, weights_sha256: str
 ) -> Features:
-    name = f"features.{spec.name}.{config.resolution}"
+    name = str(ArrayName("features", spec.name, config.resolution))
     codec = chosen_codec(config, name)
     num_tokens = spec.stored_tokens(config.resolution, config.tokens)
     manifest = {

@@ -11,7 +11,7 @@ from repa_pipeline.autoencoders import AUTOENCODERS, AutoencoderSpec
 from repa_pipeline.config import LatentsConfig
 from repa_pipeline.data.codec import CODECS, encode_float
 from repa_pipeline.data.index import Index
-from repa_pipeline.data.names import MIRRORED
+from repa_pipeline.data.names import MIRRORED, ArrayName
 from repa_pipeline.registry import autoencoder_spec
 from repa_pipeline.stages.images import (
     Encode,
@@ -88,7 +88,7 @@ def latents_product(config: LatentsConfig, index: Index) -> Latents:
         **own_entry(AUTOENCODERS, spec),
         **common_manifest(config, index),
     }
-    name = f"latents.{spec.name}.{config.resolution}"
+    name = str(ArrayName("latents", spec.name, config.resolution))
     shape = (spec.stored_channels, height, width)
     specs = {
         (mirrored, ""): array_spec(
