@@ -295,6 +295,9 @@ def describe(output: Output, ledger: Ledger, also: str = "") -> None:
 
 def report_pass(result: StageResult, unit: str = "") -> None:
     """What a pass did, by output; `unit`: what a row is called, without one as the plan says."""
+    if result.seconds:
+        shown = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
+        _say(f"time: {shown} (summed over threads and workers)")
     for name, output in result.outputs.items():
         plan = output.plan
         rows = f"{plan.num_rows:,} {unit or plan.unit}"
@@ -307,9 +310,6 @@ def report_pass(result: StageResult, unit: str = "") -> None:
         seen = "".join(f", {number:,} {what}" for what, number in counts.items())
         _say(f"{name}: {rows}, {size(plan.num_bytes)}, sealed{seen}")
         _say(f"output: {plan.where}")
-    if result.seconds:
-        shown = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
-        _say(f"time: {shown} (summed over threads and workers)")
 
 
 def _train_dry_run(plan: Any) -> str:

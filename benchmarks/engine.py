@@ -1,0 +1,245 @@
+"""What the Ray engine costs, and what a second worker brings.
+
+    python benchmarks/engine.py [--images 768] [--rounds 3] [--json]
+
+Images: the photos of imagenet48 over and over (REPA_SHARED, default ../shared), read from a tar in
+the page cache, decoded, cropped and encoded by digits-vit at 256 in tiny shards of 8 rows, one
+compute thread and one decode thread a worker. Measured in turns, the fastest of each kept, from
+the moment all workers are ready to the last shard:
+
+    loop 1, loop 2   one process, two at once: each its share of the shards in a plain loop
+    ray 1, ray 2     the Ray executor with one worker, with two
+
+overhead is the time of ray 2 over that of loop 2, less one: all that the engine adds, with Ray's
+own processes on the same cores; overhead_cpu the same of CPU seconds, of the driver, Ray and the
+workers, which a busy machine disturbs less. scaling compares two workers with one; that of the
+plain loops says what the machine itself allows. Only ratios are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common import save
+
+from repa_pipeline.cluster.executor import RayExecutor
+from repa_pipeline.cluster.placement import Wish
+from repa_pipeline.cluster.session import ray_session
+from repa_pipeline.config import FeaturesConfig
+from repa_pipeline.device import cpu_count
+from repa_pipeline.engine.contracts import Shard, Wanted, Work, run_phases
+from repa_pipeline.engine.local import LocalExecutor
+from repa_pipeline.observe import Silent
+from repa_pipeline.stages.features import features_products
+from repa_pipeline.stages.images import ImagePass, pass_ledgers
+from repa_pipeline.stages.index import ensure_index
+
+SHARD_ROWS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=768)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--loop", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.loop:
+        loop_part(*arguments.loop)
+        return
+    folder = Path(tempfile.mkdtemp())
+    try:
+        result = measure(folder, arguments.images, arguments.rounds)
+    finally:
+        shutil.rmtree(folder)
+    path = save("engine", result)
+    print(json.dumps(result) if arguments.json else f"{json.dumps(result, indent=1)}\n{path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Took:
+    """Wall and CPU seconds, the latter of all processes that took part."""
+
+    wall: float
+    cpu: float
+
+    def least(self, other: Took) -> Took:
+        return Took(min(self.wall, other.wall), min(self.cpu, other.cpu))
+
+
+def measure(folder: Path, num_images: int, rounds: int) -> dict[str, Any]:
+    make_tar(folder / "images.tar", num_images)
+    ensure_index(config_in(folder, "index"), LocalExecutor(), Silent())
+    best: dict[str, Took] = {}
+    with ray_session(None):
+        for number in range(rounds):
+            for way, workers in (("loop", 1), ("ray", 1), ("loop", 2), ("ray", 2)):
+                timed = time_loops if way == "loop" else time_ray
+                took = timed(folder, f"{way}-{workers}-{number}", workers)
+                name = f"{way} {workers}"
+                best[name] = took.least(best.get(name, took))
+                print(f"{name}: {took.wall:.2f} s, CPU {took.cpu:.2f} s", file=sys.stderr)
+    return {
+        "images": num_images,
+        "shard_rows": SHARD_ROWS,
+        "overhead": round(best["ray 2"].wall / best["loop 2"].wall - 1, 3),
+        "overhead_cpu": round(best["ray 2"].cpu / best["loop 2"].cpu - 1, 3),
+        "scaling": round(best["ray 1"].wall / best["ray 2"].wall, 2),
+        "scaling_of_plain_loops": round(best["loop 1"].wall / best["loop 2"].wall, 2),
+        "cores_used": cpu_count(),
+    }
+
+
+def time_loops(folder: Path, name: str, num_loops: int) -> Took:
+    """`num_loops` plain loops at once, from the moment all have loaded."""
+    shutil.copytree(folder / "index", folder / name)
+    command = [sys.executable, __file__, "--loop", str(folder), name]
+    loops = [
+        subprocess.Popen(
+            [*command, str(part), str(num_loops)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for part in range(num_loops)
+    ]
+    for loop in loops:
+        assert loop.stdout and loop.stdout.readline() == "ready\n"
+    began = time.perf_counter()
+    for loop in loops:
+        assert loop.stdin
+        loop.stdin.write("go\n")
+        loop.stdin.flush()
+    cpu = [float(loop.stdout.readline()) for loop in loops if loop.stdout]
+    took = Took(time.perf_counter() - began, sum(cpu))
+    for loop in loops:
+        loop.communicate()
+    return took
+
+
+def loop_part(folder: str, name: str, part: str, num_parts: str) -> None:
+    """One plain loop: every num_parts-th shard, one phase after another."""
+    stage, shards, wanted = stage_in(Path(folder), name)
+    ledgers = pass_ledgers(stage)
+    work = stage.open(wanted)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    cpu_before = time.process_time()
+    for shard in shards[int(part) :: int(num_parts)]:
+        for commit in run_phases(work, shard):
+            ledgers[commit.output].record(commit)
+    print(time.process_time() - cpu_before, flush=True)
+
+
+def time_ray(folder: Path, name: str, workers: int) -> Took:
+    """The Ray executor, from all workers being ready to the last done record."""
+    shutil.copytree(folder / "index", folder / name)
+    stage, shards, wanted = stage_in(folder, name)
+    ledgers = pass_ledgers(stage)
+    gate = folder / f"{name}-ready"
+    gate.mkdir()
+    begun: list[Took] = []
+
+    def watch() -> None:
+        while len(os.listdir(gate)) <= workers:
+            time.sleep(0.01)
+        begun.append(Took(time.perf_counter(), cpu_of_tree()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    executor = RayExecutor(Wish("cpu", workers=workers, threads=1))
+    results = executor.map(
+        functools.partial(open_together, stage, wanted, str(gate), workers), shards
+    )
+    for number, commits in enumerate(results, 1):
+        for commit in commits:
+            ledgers[commit.output].record(commit)
+        if number == len(shards):  # before the workers are ended: their CPU time goes with them
+            ended = Took(time.perf_counter(), cpu_of_tree())
+    watcher.join()
+    return Took(ended.wall - begun[0].wall, ended.cpu - begun[0].cpu)
+
+
+def open_together(stage: ImagePass, wanted: Wanted, gate: str, workers: int) -> Work:
+    """Opens the stage in a worker and waits for the others, so that they start at once."""
+    work = stage.open(wanted)
+    Path(gate, str(os.getpid())).touch()
+    while len(os.listdir(gate)) < workers:
+        time.sleep(0.01)
+    Path(gate, "open").touch()
+    return work
+
+
+def cpu_of_tree() -> float:
+    """CPU seconds so far of this process and all below it: driver, Ray's own, workers."""
+    ticks: dict[int, tuple[int, int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            ticks[int(path.parent.name)] = (int(fields[1]), int(fields[11]) + int(fields[12]))
+    found, level = 0, [os.getpid()]
+    while level:
+        found += sum(ticks[pid][1] for pid in level)
+        level = [pid for pid, (parent, _) in ticks.items() if parent in level]
+    return found / os.sysconf("SC_CLK_TCK")
+
+
+def stage_in(folder: Path, name: str) -> tuple[ImagePass, list[Shard], Wanted]:
+    """A begun pass in a workspace of its own, and what is wanted of it: everything."""
+    config = config_in(folder, name)
+    index = ensure_index(config, LocalExecutor(), Silent())
+    stage = ImagePass(config, features_products(config, index))
+    for output in stage.outputs:
+        output.begin()
+    shards = list(stage.outputs[0].plan().shards)
+    names = frozenset(output.name for output in stage.outputs)
+    return stage, shards, {shard.index: names for shard in shards}
+
+
+def config_in(folder: Path, name: str) -> FeaturesConfig:
+    return FeaturesConfig(
+        source=str(folder / "images.tar"),
+        workspace=str(folder / name),
+        encoder=("digits-vit",),
+        resolution=256,
+        batch_size=SHARD_ROWS,
+        shard_rows=SHARD_ROWS,
+        device="cpu",
+        threads=1,
+        decode_threads=1,
+    )
+
+
+def make_tar(path: Path, num_images: int) -> None:
+    """`num_images` members: the usual photos of imagenet48, repeated."""
+    shared = Path(os.environ.get("REPA_SHARED", Path(__file__).parents[2] / "shared"))
+    with tarfile.open(shared / "data" / "imagenet48" / "imagenet48.tar") as tar:
+        files = [tar.extractfile(m) for m in tar.getmembers() if m.name.endswith(".jpg")]
+        photos = [file.read() for file in files if file is not None]
+    photos = [data for data in photos if len(data) < 300_000]
+    with tarfile.open(path, "w") as tar:
+        for number in range(num_images):
+            for suffix, data in (("jpg", photos[number % len(photos)]), ("cls", b"0")):
+                member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+if __name__ == "__main__":
+    main()
