@@ -15,11 +15,11 @@ from repa_pipeline.config import (
     ReportConfig,
     RunsConfig,
     SampleConfig,
-    TrainConfig,
 )
 from repa_pipeline.config_care import CopyConfig, RepairConfig, VerifyConfig
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig, InspectConfig
 from repa_pipeline.config_plan import PlanConfig
+from repa_pipeline.config_train import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from repa_pipeline.config import (
     ReportConfig,
     RunsConfig,
     SampleConfig,
-    TrainConfig,
 )
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.index import Index
 from repa_pipeline.engine.contracts import Output
 from repa_pipeline.engine.ledger import Ledger, standing

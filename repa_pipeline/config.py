@@ -11,7 +11,6 @@ from typing import Any
 
 from repa_pipeline.settings import (
     as_json,
-    check_fraction,
     check_interval,
     check_not_negative,
     check_positive,
@@ -185,86 +184,6 @@ class FeaturesConfig(EncodeConfig):
 @dataclasses.dataclass(frozen=True)
 class EncodeAllConfig(FeaturesConfig, LatentsConfig):
     """`repa encode`: latents and teacher tokens from one decode of each image."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig(CommonConfig):
-    """`repa train`: a diffusion transformer over the cache."""
-
-    name: str | None = setting(None, "Name of the run (default: from model and teacher).")
-    autoencoder: str = setting("auto", "Latents to train on; auto: the only ones in the cache.")
-    encoder: tuple[str, ...] = setting(
-        ("auto",), "Teachers; auto: the only one in the cache; none: the vanilla twin."
-    )
-    method: str = setting("auto", "What is trained; auto: repa with a teacher, sit without.")
-    model: str = setting("SiT-XL/2", "Model, by table name.", decides=True)
-    qk_norm: bool = setting(False, "Normalise queries and keys.", decides=True)
-    path: str = setting("linear", "Interpolant.", decides=True, choices=("linear", "cosine"))
-    weighting: str = setting(
-        "uniform", "Distribution of t.", decides=True, choices=("uniform", "lognormal")
-    )
-    align_depth: int = setting(
-        0,
-        "Block after which tokens are aligned (0: the model's, 8 of XL, 4 of B).",
-        decides=True,
-        check=check_not_negative,
-    )
-    align_coeff: float = setting(0.5, "Weight of the alignment loss (lambda).", decides=True)
-    align_resize: str = setting(
-        "refuse",
-        "pool: average-pool a teacher grid that is a multiple of the student's.",
-        choices=("refuse", "pool"),
-        decides=True,
-    )
-    projector_width: int = setting(
-        2048, "Hidden width of the projector.", decides=True, check=check_positive
-    )
-    flip: bool = setting(
-        False,
-        "Draw the mirrored view of every image half of the time (a cache made with --flip).",
-        decides=True,
-    )
-    batch_size: int = setting(256, "Global batch.", decides=True, check=check_positive)
-    accumulate: int = setting(1, "Micro-steps a step is split into.", check=check_positive)
-    steps: int = setting(400_000, "Optimiser steps of the whole run.", check=check_positive)
-    learning_rate: float = setting(1e-4, "AdamW learning rate.", decides=True, check=check_positive)
-    beta2: float = setting(
-        0.999, "AdamW second beta (the first is 0.9).", decides=True, check=check_fraction
-    )
-    weight_decay: float = setting(
-        0.0, "AdamW weight decay.", decides=True, check=check_not_negative
-    )
-    clip: float = setting(
-        1.0, "Gradient norm is clipped to this.", decides=True, check=check_positive
-    )
-    ema_decay: float = setting(
-        0.9999, "Decay of the EMA weights.", decides=True, check=check_fraction
-    )
-    label_dropout: float = setting(
-        0.1, "Share of labels replaced by the null label.", decides=True, check=check_fraction
-    )
-    dtype: str = setting(
-        "auto",
-        "Compute type; auto: bf16 autocast on CUDA, float32 on CPU.",
-        choices=("auto", "float32", "bf16"),
-    )
-    seed: int = setting(0, "Seed of weights, order, noise.", decides=True)
-    lanes: int = setting(
-        1, "Canonical lanes of the data order.", decides=True, check=check_positive
-    )
-    window: int = setting(
-        16, "Shards a lane shuffles together.", decides=True, check=check_positive
-    )
-    log_every: int = setting(100, "Steps between logged means.", decides=True, check=check_positive)
-    checkpoint_every: int = setting(10_000, "Steps between checkpoints.", check=check_positive)
-    keep: int = setting(
-        2, "Newest checkpoints to keep (the last is always kept).", check=check_positive
-    )
-    preview_every: int = setting(
-        0, "Steps between EMA previews (0: none).", check=check_not_negative
-    )
-    preview_count: int = setting(16, "Images of a preview.", check=check_positive)
-    resume: bool = setting(True, "Go on when the run exists.")
 
 
 @dataclasses.dataclass(frozen=True)

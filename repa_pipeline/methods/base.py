@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.diffusion.interpolant import States
 from repa_pipeline.models import ModelSpec
 
@@ -49,14 +49,28 @@ class Batch:
 
     latents: float32 [B, C, h, w], a fresh posterior sample, scaled. features: for each teacher
     its patch tokens float32 [B, T, D], decoded; without "magnitude" in the method's needs their
-    length means nothing. cond: int64 [B], the class, the null label where it was dropped.
-    class_tokens: for each teacher float32 [B, D], None where the cache does not keep it.
+    length means nothing; empty in a phase that reads none. cond: int64 [B], the class, the null
+    label where it was dropped. class_tokens: for each teacher float32 [B, D], None where the
+    cache does not keep it. step: the optimiser step, counted from 0.
     """
 
     latents: Tensor
     features: tuple[Tensor, ...]
     cond: Tensor
     class_tokens: tuple[Tensor | None, ...] = ()
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps from `start` on, up to the next phase, in which the same parts are trained.
+
+    uses_features: whether teacher tokens are read. idle: submodules that get no gradient.
+    """
+
+    start: int = 0
+    uses_features: bool = False
+    idle: tuple[str, ...] = ()
 
 
 class Method(Protocol):
@@ -76,11 +90,20 @@ class Method(Protocol):
         """The clean states of a batch, each [B, ...], latents first."""
         ...
 
+    def phases(self) -> tuple[Phase, ...]:
+        """What is trained when: one phase from step 0 on, or several in the order of their start.
+
+        Optimiser, EMA and checkpoints keep every part; the trainer rebuilds what else depends on
+        the parts between two phases.
+        """
+        ...
+
     def loss(
         self, model: nn.Module, ema: nn.Module, batch: Batch, t: Tensor, noise: States
     ) -> dict[str, Tensor]:
-        """Scalars, each a mean over the batch; "loss" is what is minimised, the others are logged.
+        """What is minimised, the scalar "loss", a mean over the batch; the others are logged.
 
+        Those are scalars, means over the batch, or a value a sample [B] (then also logged by t).
         t: float32 [B]; noise: standard normal, shaped like `states(batch)`; `ema` is frozen.
         """
         ...

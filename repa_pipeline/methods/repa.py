@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.codec import require
 from repa_pipeline.diffusion.interpolant import States, interpolate
-from repa_pipeline.diffusion.losses import alignment_loss, denoising_loss
+from repa_pipeline.diffusion.losses import alignment_per_sample, denoising_loss
 from repa_pipeline.encoders import ENCODERS
 from repa_pipeline.errors import ConfigError, MismatchError
-from repa_pipeline.methods.base import Batch, FeatureInfo, Inputs
+from repa_pipeline.methods.base import Batch, FeatureInfo, Inputs, Phase
 from repa_pipeline.methods.sit import SiTMethod
 from repa_pipeline.models import ModelSpec
 from repa_pipeline.models.projector import build_projector
@@ -48,20 +48,28 @@ class RepaMethod(SiTMethod):
         )
         return nn.ModuleDict({"trunk": trunk, "projectors": projectors})
 
+    def phases(self) -> tuple[Phase, ...]:
+        aligned = Phase(uses_features=True)
+        if not self.config.align_steps:
+            return (aligned,)
+        return (aligned, Phase(self.config.align_steps, idle=("projectors",)))
+
     def loss(
         self, model: nn.Module, ema: nn.Module, batch: Batch, t: Tensor, noise: States
     ) -> dict[str, Tensor]:
+        if not batch.features:
+            return super().loss(model, ema, batch, t, noise)
         (x_t,), target = interpolate(self.path, self.states(batch), noise, t)
         trunk, projectors = model.get_submodule("trunk"), model.get_submodule("projectors")
         velocity, tokens_BTD = trunk(x_t, t, batch.cond, capture=self.depth)
-        denoising = denoising_loss((velocity,), target).mean()
+        denoising = denoising_loss((velocity,), target)
         projected = [project(tokens_BTD) for project in projectors.children()]
         targets = [
             pool_tokens(tokens, info.grid, self.grid)
             for tokens, info in zip(batch.features, self.inputs.features, strict=True)
         ]
-        alignment = alignment_loss(projected, targets)
-        total = denoising + self.config.align_coeff * alignment
+        alignment = alignment_per_sample(projected, targets)
+        total = denoising.mean() + self.config.align_coeff * alignment.mean()
         return {"loss": total, "denoising": denoising, "alignment": alignment}
 
     def _check(self, feature: FeatureInfo) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.diffusion.interpolant import PATHS, States, interpolate
 from repa_pipeline.diffusion.losses import denoising_loss
-from repa_pipeline.methods.base import Batch, Inputs
+from repa_pipeline.methods.base import Batch, Inputs, Phase
 from repa_pipeline.models import ModelSpec, build_model
 
 
@@ -44,13 +44,16 @@ class SiTMethod:
     def states(self, batch: Batch) -> States:
         return (batch.latents,)
 
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(),)
+
     def loss(
         self, model: nn.Module, ema: nn.Module, batch: Batch, t: Tensor, noise: States
     ) -> dict[str, Tensor]:
         (x_t,), target = interpolate(self.path, self.states(batch), noise, t)
         velocity = model.get_submodule("trunk")(x_t, t, batch.cond)
-        denoising = denoising_loss((velocity,), target).mean()
-        return {"loss": denoising, "denoising": denoising}
+        denoising = denoising_loss((velocity,), target)
+        return {"loss": denoising.mean(), "denoising": denoising}
 
     def velocity(self, model: nn.Module, states: States, t: Tensor, cond: Tensor) -> States:
         return (model.get_submodule("trunk")(states[0], t, cond),)

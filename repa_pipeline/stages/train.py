@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from repa_pipeline.config import EMBEDDED, TrainConfig
+from repa_pipeline.config import EMBEDDED
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.order import Order
 from repa_pipeline.data.reader import Reader
 from repa_pipeline.device import choose_device, prepare_compute
@@ -190,7 +191,7 @@ def _loop(
                     losses = method.loss(state.model, state.ema.module, batch, t, noise)
                 (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
                 for name, value in losses.items():
-                    scalars[name] = scalars.get(name, 0.0) + value.detach() * share
+                    scalars[name] = scalars.get(name, 0.0) + value.detach().mean() * share
             scalars["grad_norm"] = optimiser_step(config, state)
             state.step += 1
             if not state.skipped_in_a_row:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline import registry
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
 from repa_pipeline.data.codec import CODECS, Codec
 from repa_pipeline.data.index import Entry, read_manifest, write_index

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.diffusion.interpolant import States
 from repa_pipeline.methods import MethodSpec
 from repa_pipeline.methods.base import Batch, FeatureInfo, Inputs, Method
@@ -83,10 +83,13 @@ def _check_states(method: Method, batch: Batch) -> None:
 def _check_loss(method: Method, model: nn.Module, ema: nn.Module, batch: Batch) -> None:
     t, noise = _draws(method)
     before = {name: value.clone() for name, value in ema.state_dict().items()}
+    assert method.phases()[0].start == 0, "phases() do not begin at step 0"
     losses = method.loss(model, ema, batch, t, noise)
     assert "loss" in losses, f"loss() has no 'loss', only {sorted(losses)}"
     for name, value in losses.items():
-        assert value.shape == () and torch.isfinite(value), f"'{name}' is {value}"
+        shapes = [()] if name == "loss" else [(), (_BATCH,)]
+        assert tuple(value.shape) in shapes, f"'{name}' has shape {tuple(value.shape)}"
+        assert torch.isfinite(value).all(), f"'{name}' is {value}"
     losses["loss"].backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -98,17 +101,18 @@ def _check_loss(method: Method, model: nn.Module, ema: nn.Module, batch: Batch) 
 
 
 def _check_means(method: Method, model: nn.Module, ema: nn.Module, batch: Batch) -> None:
-    """Each scalar is a mean over the batch: parts weighted by their share give the whole."""
+    """Each value is a mean over the batch: parts weighted by their share give the whole."""
     t, noise = _draws(method)
     with torch.no_grad():
         whole = method.loss(model, ema, batch, t, noise)
+        whole = {name: value.mean() for name, value in whole.items()}
         summed = {name: torch.zeros(()) for name in whole}
         for part in (slice(0, 2), slice(2, _BATCH)):
             features = tuple(tokens[part] for tokens in batch.features)
             cut = Batch(batch.latents[part], features, batch.cond[part])
             found = method.loss(model, ema, cut, t[part], tuple(e[part] for e in noise))
             for name, value in found.items():
-                summed[name] += value * len(t[part]) / _BATCH
+                summed[name] += value.mean() * len(t[part]) / _BATCH
     for name, value in whole.items():
         assert torch.allclose(summed[name], value, atol=1e-5), f"'{name}' is no mean over the batch"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repa_pipeline.autoencoders.scaling import scale_by
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.order import rank_slice
 from repa_pipeline.data.reader import Records
 from repa_pipeline.diffusion.interpolant import States

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import SealedArray, first_difference, open_sealed
 from repa_pipeline.data.codec import Codec, codec_of
 from repa_pipeline.data.index import read_labels, read_manifest

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.observe import RunLog
 
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from repa_pipeline.config import CommonConfig, TrainConfig, as_json, decisions
+from repa_pipeline.config import CommonConfig, as_json, decisions
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import first_difference
 from repa_pipeline.data.fsstore import refuse_credentials
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repa_pipeline.config import TrainConfig, as_json, from_json
+from repa_pipeline.config import as_json, from_json
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import StageError
 from repa_pipeline.methods.base import FeatureInfo, Inputs, Method
 from repa_pipeline.models import ModelSpec

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.methods.base import Batch, FeatureInfo, Inputs
 from repa_pipeline.methods.repa import RepaMethod
 from repa_pipeline.models import ModelSpec

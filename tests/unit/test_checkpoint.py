@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from repa_pipeline.config import CommonConfig, TrainConfig
+from repa_pipeline.config import CommonConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import (
     ConfigError,
     DamagedError,

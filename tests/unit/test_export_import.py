@@ -22,8 +22,9 @@ import pytest
 from PIL import Image
 
 from repa_pipeline import commands_exchange
-from repa_pipeline.config import FeaturesConfig, LatentsConfig, TrainConfig
+from repa_pipeline.config import FeaturesConfig, LatentsConfig
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import SealedArray, open_sealed
 from repa_pipeline.data.index import Index, read_index, read_labels
 from repa_pipeline.data.objects import ObjectStore, open_store

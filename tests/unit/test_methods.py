@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from repa_pipeline.cli import main
-from repa_pipeline.config import SampleConfig, TrainConfig
+from repa_pipeline.config import SampleConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import SealedArray
 from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.methods import METHODS, MethodSpec

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from repa_pipeline.config import EncodeAllConfig, TrainConfig
+from repa_pipeline.config import EncodeAllConfig
 from repa_pipeline.config_plan import PlanConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.objects import LocalStore
 from repa_pipeline.data.order import Order
 from repa_pipeline.data.reader import Reader

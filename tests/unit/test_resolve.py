@@ -13,7 +13,8 @@ import pytest
 
 from repa_pipeline import resolve as resolving
 from repa_pipeline.command_table import COMMANDS
-from repa_pipeline.config import PRESETS, TrainConfig, as_json, decisions, from_json
+from repa_pipeline.config import PRESETS, as_json, decisions, from_json
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import ConfigError, MissingError, UnknownNameError
 from repa_pipeline.registry import autoencoder_spec, encoder_spec
 from repa_pipeline.resolve import Project, Resolved, load_project, resolve

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repa_pipeline.config import TrainConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.reader import Reader
 from repa_pipeline.errors import ConfigError
 from repa_pipeline.methods.repa import pool_tokens

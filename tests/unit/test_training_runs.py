@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from repa_pipeline.config import RunsConfig, TrainConfig
+from repa_pipeline.config import RunsConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import ConfigError, DamagedError, MismatchError, StageError
 from repa_pipeline.methods.base import Method
 from repa_pipeline.observe import Silent, read_events
