@@ -82,27 +82,47 @@ def encode_all(config: EncodeAllConfig) -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """`repa train`."""
-    from repa_pipeline.stages.train import plan_training
-    from repa_pipeline.stages.train import train as run_training
+    """`repa train`: here, in a process a device, or on Ray."""
+    from repa_pipeline.training.launch import launch, num_ranks
+    from repa_pipeline.training.world import world_of_environment
 
+    started = world_of_environment().size > 1
+    ranks = 1 if started or config.dry_run else num_ranks(config)
+    code = launch(config, ranks) if ranks > 1 else run_training(config)
+    if code:
+        raise SystemExit(code)
+
+
+def run_training(config: TrainConfig) -> int:
+    """One rank of `repa train`, or all of it; rank 0 alone says anything. Returns the exit code."""
+    from repa_pipeline.stages.train import plan_training
+    from repa_pipeline.stages.train import train as run_rank
+    from repa_pipeline.training.world import EXIT_TERMINATED, world_of_environment
+
+    world = world_of_environment()
+    say = _say if world.is_main else _say_nothing
     plan = plan_training(config)
     teachers = [teacher.describe().name for teacher in plan.inputs.teachers]
     what = f"aligned with {', '.join(teachers)}" if teachers else "without a teacher"
-    _say(
+    say(
         f"train {plan.name}: {config.model} {what}, {config.steps:,} steps of "
         f"{config.batch_size} images ({plan.order.steps_per_epoch:,} steps an epoch), "
-        f"{plan.dtype} on {plan.device}"
+        f"{plan.dtype} on {plan.device}" + (f", {world.size} ranks" if world.size > 1 else "")
     )
     if config.dry_run:
-        _say(_train_dry_run(plan))
-        return
-    result = run_training(plan, progress_for_stream())
+        say(_train_dry_run(plan))
+        return 0
+    result = run_rank(plan, progress_for_stream())
     if not result.num_new:
-        _say(f"nothing to do: run {result.run.name} is at step {result.step:,}")
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in result.last.items())
-    _say(f"run: {result.run.folder} at step {result.step:,}" + (f" ({shown})" if shown else ""))
-    _say("next: repa sample --cfg 1.8 --interval 0,0.7")
+        say(f"nothing to do: run {result.run.name} is at step {result.step:,}")
+    names = ("loss", "denoising", "alignment", "images_per_s", "data_wait", "mfu")
+    shown = ", ".join(f"{n} {result.last[n]:.4g}" for n in names if n in result.last)
+    say(f"run: {result.run.folder} at step {result.step:,}" + (f" ({shown})" if shown else ""))
+    if result.stopped:
+        say("stopped by SIGTERM, saved; the same command goes on from here")
+        return EXIT_TERMINATED
+    say("next: repa sample --cfg 1.8 --interval 0,0.7")
+    return 0
 
 
 def sample(config: SampleConfig) -> None:
@@ -327,3 +347,7 @@ def _train_dry_run(plan: Any) -> str:
 
 def _say(line: str) -> None:
     print(line, file=sys.stdout, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    """What ranks other than the first say."""

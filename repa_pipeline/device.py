@@ -27,16 +27,17 @@ def choose_device(name: str) -> str:
     return name
 
 
-def prepare_compute(threads: int) -> None:
+def prepare_compute(threads: int, tf32: bool = False) -> None:
     """Sets the CPU compute threads (0: OMP_NUM_THREADS, else all cores) and switches TF32 off.
 
-    float32 means float32: TF32 would change samples and scores without a word.
+    float32 means float32: TF32 would change samples and scores without a word; it is on where
+    `tf32` asks for it.
     """
     import torch
 
     torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count())
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def cpu_count() -> int:

@@ -10,6 +10,7 @@ Shapes: n images, T tokens an image, D width, N = n * T tokens of a batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Protocol
@@ -199,9 +200,7 @@ class Int4Coder(ScaledCoder):
         return packed.masked_fill_(zero, 0), rms.masked_fill(zero, 0)
 
     def values(self, coded: Tensor) -> Tensor:
-        ascending = torch.tensor([-level for level in reversed(LEVELS)] + list(LEVELS))
-        byte = torch.arange(256)
-        pairs = torch.stack([ascending[byte & 15], ascending[byte >> 4]], 1).to(coded.device)
+        pairs = _nibble_pairs(coded.device)
         found = pairs.index_select(0, coded.reshape(-1).int()).view(len(coded), -1)
         return found.mul_(coded.amax(1, keepdim=True) > 0)
 
@@ -247,6 +246,16 @@ def _rotate(rows: Tensor, orders: Orders) -> Tensor:
     return hadamard.transform(columns, orders)
 
 
+# Made once a device: a copy to it waits for what it computes.
+@functools.lru_cache(maxsize=16)
+def _nibble_pairs(device: torch.device) -> Tensor:
+    """float32 [256, 2]: the levels of a byte's low and high nibble."""
+    ascending = torch.tensor([-level for level in reversed(LEVELS)] + list(LEVELS))
+    byte = torch.arange(256)
+    return torch.stack([ascending[byte & 15], ascending[byte >> 4]], 1).to(device)
+
+
+@functools.lru_cache(maxsize=16)
 def _signs(width: int, device: torch.device) -> Tensor:
     return torch.from_numpy(hadamard.signs(width)).to(device)
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SIGN_SEED = 2410
@@ -123,10 +124,18 @@ def inverse(rows: Tensor, orders: tuple[int, ...]) -> Tensor:
     """
     import torch
 
-    left, right = (torch.from_numpy(matrix(part)).to(rows) for part in _two_parts(orders))
+    left, right = (_on_device(part, rows.dtype, rows.device) for part in _two_parts(orders))
     with torch.autocast(rows.device.type, enabled=False):
         halfway = rows.reshape(-1, len(right)) @ right
         return torch.matmul(left.T, halfway.view(-1, len(left), len(right))).view_as(rows)
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`matrix(orders)` there, made once: a copy to a device waits for what it computes."""
+    import torch
+
+    return torch.from_numpy(matrix(orders)).to(device, dtype)
 
 
 def _is_sylvester(order: int) -> bool:

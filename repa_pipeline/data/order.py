@@ -53,6 +53,11 @@ class Order:
         rows: npt.NDArray[np.int64] = self.epoch(epoch)[inside]
         return rows
 
+    def state(self, step: int) -> dict[str, int]:
+        """Where the order stands before batch `step`: all that a reader needs to go on."""
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        return {"seed": self.seed, "epoch": epoch, "step": inside}
+
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     """Rank `rank`'s part of a global batch; parts differ by at most one sample."""

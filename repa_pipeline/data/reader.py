@@ -59,6 +59,7 @@ class Reader:
         views: Views | None = None,
     ):
         self.wait_s = 0.0
+        self.num_bytes = 0
         self._order = order
         self._steps = range(first_step, last_step)
         self._slice = rank_slice(order.batch_size, rank, world_size)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from repa_pipeline.autoencoders import AutoencoderSpec
-from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.errors import MissingError, RepaError
 from repa_pipeline.models import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from repa_pipeline.autoencoders import AutoencoderSpec
+    from repa_pipeline.encoders import EncoderSpec
 
 # A training step: forward, and twice that to go back (FACTS: 6 x forward multiply-adds an image).
 TRAINING_PASSES = 3
@@ -27,11 +28,15 @@ def training_flops(spec: ModelSpec, latents: AutoencoderSpec, resolution: int) -
     Raises ConfigError for sizes that do not fit, MissingError for a plugin's model that cannot be
     counted.
     """
+    channels, side, _ = latents.latent_shape(resolution)
+    return latent_training_flops(spec, channels, side)
+
+
+def latent_training_flops(spec: ModelSpec, channels: int, side: int) -> float:
+    """`training_flops` of latents [channels, side, side]."""
     import torch
 
     from repa_pipeline.models import build_model
-
-    channels, side, _ = latents.latent_shape(resolution)
 
     def build() -> nn.Module:
         return build_model(spec, input_size=side, in_channels=channels, num_classes=_NUM_CLASSES)
@@ -40,6 +45,14 @@ def training_flops(spec: ModelSpec, latents: AutoencoderSpec, resolution: int) -
         label = torch.zeros(1, dtype=torch.int64)
         inputs = (torch.empty(1, channels, side, side), torch.empty(1), label)
     return TRAINING_PASSES * _count(f"model '{spec.name}'", build, inputs)
+
+
+def countable_training_flops(spec: ModelSpec, channels: int, side: int) -> float | None:
+    """`latent_training_flops`; None for a plugin's model that cannot be counted."""
+    try:
+        return latent_training_flops(spec, channels, side)
+    except MissingError:
+        return None
 
 
 def encoder_flops(spec: EncoderSpec, resolution: int) -> float:

@@ -6,38 +6,46 @@ and what it writes (runs/NAME) is all that sampling needs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from repa_pipeline.config import EMBEDDED
 from repa_pipeline.config_train import TrainConfig
-from repa_pipeline.data.order import Order
+from repa_pipeline.data.order import Order, rank_slice
 from repa_pipeline.data.reader import Reader
-from repa_pipeline.device import choose_device, prepare_compute
+from repa_pipeline.device import prepare_compute
 from repa_pipeline.engine.run import Progress
-from repa_pipeline.errors import ConfigError
+from repa_pipeline.errors import ConfigError, MismatchError, RepaError, StageError
 from repa_pipeline.methods import MethodSpec
-from repa_pipeline.methods.base import Method
+from repa_pipeline.methods.base import Method, Phase
 from repa_pipeline.models import ModelSpec
-from repa_pipeline.observe import RunLog
 from repa_pipeline.registry import method_spec, model_spec
-from repa_pipeline.training.batches import BatchMaker, mirrored_views
-from repa_pipeline.training.checkpoint import load_newest, prune, save_checkpoint
+from repa_pipeline.stages.flops import latent_training_flops
+from repa_pipeline.training.batches import BatchMaker, Online, mirrored_views
+from repa_pipeline.training.checkpointer import load_newest
+from repa_pipeline.training.diagnosis import explain
 from repa_pipeline.training.inputs import CacheInputs, open_inputs
-from repa_pipeline.training.previews import Previews
-from repa_pipeline.training.runs import Run, default_name, locked, note_settings, open_run
+from repa_pipeline.training.outputs import Outputs
+from repa_pipeline.training.parallel import gradients_shared, prepare_blocks, shared_loss
+from repa_pipeline.training.runs import Run, default_name, locked, open_run
 from repa_pipeline.training.state import (
     TrainState,
     build_method,
     describe_run,
+    enter_phase,
     new_state,
     optimiser_step,
+)
+from repa_pipeline.training.world import (
+    Stopping,
+    World,
+    joined,
+    rank_device,
+    world_of_environment,
 )
 
 
@@ -64,15 +72,49 @@ class TrainPlan:
             "data": self.inputs.digests(),
         }
 
+    @property
+    def compile(self) -> bool:
+        """Whether the blocks are compiled: as asked, else on CUDA."""
+        asked = self.config.compile
+        return self.device.startswith("cuda") if asked is None else asked
+
+    def outputs(self, run: Run, world: World, progress: Progress) -> Outputs:
+        """What the run will tell and save."""
+        inputs = self.inputs
+        about = describe_run(
+            self.method_spec.loader, self.config, self.model, inputs.describe(),
+            inputs.latents.spec.manifest,
+        )  # fmt: skip
+        about["class_names"] = inputs.manifest["class_names"]
+        about["data"] = inputs.digests()
+        return Outputs(
+            self.config, run, world, progress, device=self.device,
+            flops_per_image=self._flops_per_image(), about=about,
+        )  # fmt: skip
+
+    def _flops_per_image(self) -> float | None:
+        """Of a training step; None for a plugin's model that cannot be counted."""
+        described = self.inputs.describe()
+        try:
+            return latent_training_flops(
+                self.model, described.latent_channels, described.latent_size
+            )
+        except RepaError:
+            return None
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands: its folder, its steps, and how many of them this call made."""
+    """Where a run stands: its folder, its steps, and how many of them this call made.
+
+    last: means of the last log line. stopped: SIGTERM came, and the state was saved.
+    """
 
     run: Run
     step: int
     num_new: int
     last: dict[str, float]
+    stopped: bool = False
 
 
 def plan_training(config: TrainConfig) -> TrainPlan:
@@ -85,13 +127,15 @@ def plan_training(config: TrainConfig) -> TrainPlan:
     _check_preset(config, inputs)
     model = model_spec(config, config.model)
     teachers = tuple(teacher.describe().name for teacher in inputs.teachers)
-    device = choose_device(config.device)
+    device = rank_device(config.device)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bf16" if device.startswith("cuda") else "float32"
-    if config.accumulate > config.batch_size:
+    num_ranks = world_of_environment().size
+    if config.accumulate * num_ranks > config.batch_size:
         raise ConfigError(
-            f"accumulate {config.accumulate} is larger than batch_size {config.batch_size}"
+            f"accumulate {config.accumulate} x {num_ranks} ranks is larger than batch_size "
+            f"{config.batch_size}: use fewer"
         )
     return TrainPlan(
         config=config,
@@ -129,112 +173,147 @@ def _check_preset(config: TrainConfig, inputs: CacheInputs) -> None:
 def train(plan: TrainPlan, progress: Progress) -> TrainResult:
     """Trains to `config.steps`, going on from the newest sound checkpoint of the run.
 
-    On CPU the result is bit-equal however often it was interrupted. Raises RepaError children for
-    what the user can mend; every checkpoint already written stays.
+    Called by every rank. On CPU the result is bit-equal however often it was interrupted. SIGTERM
+    saves and ends early (`TrainResult.stopped`). Raises RepaError children for what the user can
+    mend; every checkpoint already written stays.
     """
     config = plan.config
-    run = open_run(config, plan.name, plan.decided())
-    with locked(run):
-        prepare_compute(config.threads)
-        state = new_state(config, plan.method, plan.device)
-        saved, faults = load_newest(run.checkpoints, "cpu")
-        if saved:
-            state.restore(saved)
-        del saved  # as large as the state itself
+    prepare_compute(config.threads, config.tf32)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined(plan.device))
+        stopping = stack.enter_context(Stopping(world))
+        run = _open_run(plan, world, stack)
+        state, faults = _restored(plan, run, world)
         first_step = state.step
         if first_step >= config.steps:
             return TrainResult(run, first_step, 0, {})
-        note_settings(run, config)
-        log = RunLog(run.folder, from_step=first_step, every=config.log_every)
-        for fault in faults:
-            log.event(first_step, "checkpoint_refused", reason=fault)
-            print(f"going back to step {first_step:,}: {fault}", file=sys.stderr)
-        previews = Previews(config, run.folder / "previews", log)
-        progress.start(f"train {run.name}", config.steps, first_step, "steps")
-        try:
-            last = _loop(plan, state, run, log, previews, progress)
-            previews.poll(wait=True)
-        finally:
-            progress.finish()
-            log.close()
-    return TrainResult(run, state.step, state.step - first_step, last)
+        outputs = stack.enter_context(plan.outputs(run, world, progress))
+        outputs.begin(first_step, faults)
+        prepare_blocks(config, state.model, plan.compile)
+        phases = plan.method.phases()
+        ends = [*(phase.start for phase in phases[1:]), config.steps]
+        stopped = False
+        for phase, end in zip(phases, ends, strict=True):
+            if state.step < min(end, config.steps) and not stopped:
+                steps = range(state.step, min(end, config.steps))
+                stopped = _train_phase(plan, phase, steps, state, world, outputs, stopping)
+    return TrainResult(run, state.step, state.step - first_step, outputs.means, stopped)
 
 
-def _loop(
+def _train_phase(
     plan: TrainPlan,
+    phase: Phase,
+    steps: range,
     state: TrainState,
-    run: Run,
-    log: RunLog,
-    previews: Previews,
-    progress: Progress,
-) -> dict[str, float]:
-    """The training loop. Returns the last logged means."""
-    config, method, device = plan.config, plan.method, plan.device
-    batches = BatchMaker(config, plan.inputs, method, device)
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=plan.dtype == "bf16")
-    means: dict[str, float] = {}
-    clock, waited, since = time.perf_counter(), 0.0, state.step
-    reader = Reader(
-        plan.inputs.arrays,
-        plan.order,
-        first_step=state.step,
-        last_step=config.steps,
-        mirrored=plan.inputs.mirrored,
-        views=functools.partial(mirrored_views, config),
-    )
-    with reader:
+    world: World,
+    outputs: Outputs,
+    stopping: Stopping,
+) -> bool:
+    """The training loop over `steps`, all in `phase`: one rank's part of it.
+
+    Returns whether it was asked to stop early.
+    """
+    config, method, meter = plan.config, plan.method, state.meter
+    enter_phase(state.model, phase)
+    loss_of = shared_loss(method, state.model, state.ema.module, world)
+    autocast = torch.autocast(plan.device.split(":")[0], torch.bfloat16, plan.dtype == "bf16")
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(_reader(plan, phase, steps, world))
+        online = _online(plan, phase, steps, world, stack)
+        batches = BatchMaker(config, plan.inputs, method, plan.device, world, online)
+        outputs.follow(reader)
         for records in reader:
             # One optimiser step: the loss is a mean over the global batch, whatever its parts.
-            scalars: dict[str, torch.Tensor] = {}
-            for batch, t, noise, share in batches.micro_batches(records):
-                with autocast:
-                    losses = method.loss(state.model, state.ema.module, batch, t, noise)
-                (losses["loss"] * share).backward()  # type: ignore[no-untyped-call]
-                for name, value in losses.items():
-                    scalars[name] = scalars.get(name, 0.0) + value.detach().mean() * share
-            scalars["grad_norm"] = optimiser_step(config, state)
+            for number, micro in enumerate(batches.micro_batches(records), start=1):
+                with gradients_shared(loss_of, number == batches.num_micro):
+                    with autocast:
+                        losses = loss_of(micro.batch, micro.t, micro.noise)
+                    # Ranks average their gradients, and the sum of all shares is wanted.
+                    (losses["loss"] * (micro.share * world.size)).backward()
+                meter.add(losses, micro.t, micro.share)
+            norm, bad = optimiser_step(config, state)
+            meter.end_step(norm, bad)
             state.step += 1
-            if not state.skipped_in_a_row:
-                state.add(scalars)
 
+            stop = stopping.asked()
             if state.step % config.log_every == 0 or state.step == config.steps:
                 # An extended run goes on with the sums of an interval that its end cut short.
-                means = state.means(reset=state.step % config.log_every == 0)
-                elapsed = time.perf_counter() - clock
-                speed = {
-                    "images_per_s": (state.step - since) * config.batch_size / elapsed,
-                    "data_wait": (reader.wait_s - waited) / elapsed,
-                    "skipped_steps": float(state.num_skipped),
-                }
-                log.scalars(state.step, {**means, **speed})
-                previews.poll()
-                clock, waited, since = time.perf_counter(), reader.wait_s, state.step
-            progress.advance(1, loss=means.get("loss", float("nan")))
-
-            if _is_due(state.step, config):
-                log.flush()
-                path = _save(plan, state, run, previews)
-                if config.preview_every and state.step % config.preview_every == 0:
-                    previews.start(state.step, path)
-    return means
+                outputs.log(state.step, meter.read(world, state.step % config.log_every == 0))
+                if meter.worst_in_a_row >= config.max_bad_steps:
+                    raise StageError(explain(method, state, micro, autocast))
+            if stop or _is_due(state.step, config):
+                outputs.save(state, plan.order.state(state.step))
+            outputs.advance()
+            if stop:
+                return True
+    return False
 
 
 def _is_due(step: int, config: TrainConfig) -> bool:
     """Whether a checkpoint follows `step`: by its own rhythm, for a preview, or at the end."""
-    preview = config.preview_every and step % config.preview_every == 0
-    return step % config.checkpoint_every == 0 or bool(preview) or step == config.steps
+    rhythms = (config.checkpoint_every, config.preview_every, config.evaluate_every)
+    return step == config.steps or any(every and step % every == 0 for every in rhythms)
 
 
-def _save(plan: TrainPlan, state: TrainState, run: Run, previews: Previews) -> Path:
-    about = describe_run(
-        plan.method_spec.loader,
-        plan.config,
-        plan.model,
-        plan.inputs.describe(),
-        plan.inputs.latents.spec.manifest,
+def _open_run(plan: TrainPlan, world: World, stack: contextlib.ExitStack) -> Run:
+    """The run's folder, held by rank 0's lock until `stack` ends; the others come after."""
+    config = plan.config
+    if world.is_main:
+        run = open_run(config, plan.name, plan.decided())
+        stack.enter_context(locked(run))
+    world.barrier()
+    return open_run(dataclasses.replace(config, resume=True), plan.name, plan.decided())
+
+
+def _restored(plan: TrainPlan, run: Run, world: World) -> tuple[TrainState, list[str]]:
+    """The state of the newest sound checkpoint, or a new one, and what was wrong with newer ones.
+
+    Rank 0 looks first (and fetches); raises MismatchError when another rank finds another step.
+    """
+    state = new_state(plan.config, plan.method, plan.device)
+    saved, faults = load_newest(run, plan.config) if world.is_main else (None, [])
+    step = world.share(saved["step"] if saved else 0)
+    if not world.is_main and step:
+        saved, _ = load_newest(run, plan.config)
+    if (saved["step"] if saved else 0) != step:
+        raise MismatchError(
+            f"rank {world.rank} finds no checkpoint of step {step:,} at {run.checkpoints}: give "
+            "--checkpoints a folder or URL that every machine sees"
+        )
+    if saved:
+        state.restore(saved, world)
+    return state, faults
+
+
+def _reader(plan: TrainPlan, phase: Phase, steps: range, world: World) -> Reader:
+    """This rank's records of `steps`: latents alone in a phase without features."""
+    config, inputs = plan.config, plan.inputs
+    count = len(inputs.arrays) if phase.uses_features else 1
+    return Reader(
+        inputs.arrays[:count],
+        plan.order,
+        first_step=steps.start,
+        last_step=steps.stop,
+        rank=world.rank,
+        world_size=world.size,
+        mirrored=inputs.mirrored[:count],
+        views=functools.partial(mirrored_views, config),
     )
-    about["class_names"] = plan.inputs.manifest["class_names"]
-    about["data"] = plan.inputs.digests()
-    path = save_checkpoint(run.checkpoints, state.step, {**state.to_checkpoint(), "about": about})
-    prune(run.checkpoints, plan.config.keep, previews.steps_in_use)
-    return path
+
+
+def _online(
+    plan: TrainPlan, phase: Phase, steps: range, world: World, stack: contextlib.ExitStack
+) -> Online | None:
+    """The teachers that run inside the step, ready for `steps`."""
+    if not (phase.uses_features and plan.inputs.online):
+        return None
+    from repa_pipeline.stages.online import OnlineTeachers
+
+    config = plan.config
+    views = functools.partial(mirrored_views, config) if config.flip else None
+    local = rank_slice(config.batch_size, world.rank, world.size)
+    teachers = OnlineTeachers(
+        config, plan.inputs, plan.order, steps=steps, local=local, device=plan.device,
+        dtype=plan.dtype, views=views,
+    )  # fmt: skip
+    return stack.enter_context(teachers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,13 @@ from repa_pipeline.data.codec import Codec, codec_of
 from repa_pipeline.data.index import read_labels, read_manifest
 from repa_pipeline.data.names import MIRRORED, SCALE, parse_name
 from repa_pipeline.data.objects import ObjectStore, open_store
+from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError
 from repa_pipeline.methods.base import FeatureInfo, Inputs
 from repa_pipeline.registry import autoencoder_spec, encoder_spec
+
+if TYPE_CHECKING:
+    from repa_pipeline.data.codec import Decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Teacher:
     def codec(self) -> Codec:
         return codec_of(self.tokens.spec.manifest, self.tokens.where)
 
+    def decoder(self) -> Decode:
+        """Stored records, and scales where they were opened -> tokens."""
+        return self.codec.decoder(self.tokens.spec.manifest["codec"])
+
     def describe(self) -> FeatureInfo:
         """What a method needs to know of it."""
         manifest = self.tokens.spec.manifest
@@ -49,6 +57,24 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnlineTeacher:
+    """A teacher that runs inside the step on the source's images (stages/online.py)."""
+
+    spec: EncoderSpec
+    resolution: int
+    weights_sha256: str
+
+    @property
+    def arrays(self) -> tuple[SealedArray, ...]:
+        return ()
+
+    def describe(self) -> FeatureInfo:
+        """What a method needs to know of it: nothing of its tokens is lost."""
+        kept = frozenset({"direction", "magnitude"})
+        return FeatureInfo(self.spec.name, self.spec.width, self.spec.grid(self.resolution), kept)
+
+
+@dataclasses.dataclass(frozen=True)
 class CacheInputs:
     """The sealed arrays of a run, its labels, and the facts a method builds on.
 
@@ -56,7 +82,7 @@ class CacheInputs:
     """
 
     latents: SealedArray
-    teachers: tuple[Teacher, ...]
+    teachers: tuple[Teacher | OnlineTeacher, ...]
     labels: npt.NDArray[np.int64]
     manifest: Mapping[str, Any]
     mirrored: tuple[SealedArray, ...] = ()
@@ -78,12 +104,19 @@ class CacheInputs:
         )
 
     def digests(self) -> dict[str, Any]:
-        """What identifies the data: row digest and array fingerprints."""
+        """What identifies the data: row digest, array fingerprints, weights of online teachers."""
         arrays = (*self.arrays, *self.mirrored)
+        online = {teacher.spec.name: teacher.weights_sha256 for teacher in self.online}
         return {
             "rows": self.manifest["rows_digest"],
             "arrays": {array.spec.name: array.spec.fingerprint for array in arrays},
+            **({"online": online} if online else {}),
         }
+
+    @property
+    def online(self) -> tuple[OnlineTeacher, ...]:
+        """The teachers that run inside the step: all or none."""
+        return tuple(t for t in self.teachers if isinstance(t, OnlineTeacher))
 
 
 def open_inputs(
@@ -101,8 +134,13 @@ def open_inputs(
     store = open_store(config.workspace).child("cache")
     manifest = read_manifest(store)
     latents = open_sealed(store, _choose_latents(store, config), "encode-latents")
-    names = _choose_features(store, config, latents.spec.manifest["resolution"])
-    teachers = tuple(_open_teacher(store, name, needs) for name in names if uses_features)
+    resolution = latents.spec.manifest["resolution"]
+    teachers: tuple[Teacher | OnlineTeacher, ...] = ()
+    if uses_features and config.features == "online":
+        teachers = tuple(_online_teachers(store, config, resolution))
+    elif uses_features:
+        names = _choose_features(store, config, resolution)
+        teachers = tuple(_open_teacher(store, name, needs) for name in names)
     inputs = CacheInputs(latents, teachers, read_labels(store), manifest)
     if config.flip:
         mirrored = tuple(_open_mirrored(store, array) for array in inputs.arrays)
@@ -122,6 +160,28 @@ def _open_teacher(store: ObjectStore, name: str, needs: frozenset[str]) -> Teach
     scale = open_sealed(store, name + SCALE, made_by)
     _check_same_recipe(scale, teacher.tokens, "scale")
     return Teacher(teacher.tokens, scale)
+
+
+def _online_teachers(
+    store: ObjectStore, config: TrainConfig, resolution: int
+) -> Iterator[OnlineTeacher]:
+    """The teachers named by --encoder; "auto" is the one of the cache's features."""
+    from repa_pipeline.encoders.base import find_encoder_weights
+    from repa_pipeline.weights import file_sha256
+
+    names: tuple[str, ...] = config.encoder
+    if names in (("none",), ()):
+        return
+    if names == ("auto",):
+        found = [n for n in _sealed_names(store, "features") if n.endswith(f".{resolution}")]
+        if len(found) != 1:
+            raise ConfigError("--features online: say which teacher runs, with --encoder NAME")
+        names = (part_name(found[0]),)
+    for name in names:
+        spec = encoder_spec(config, name)
+        spec.input_size(resolution)
+        weights = file_sha256(find_encoder_weights(spec))
+        yield OnlineTeacher(spec, resolution, weights)
 
 
 def _open_mirrored(store: ObjectStore, array: SealedArray) -> SealedArray:

@@ -1,0 +1,31 @@
+"""One rank of a run that `repa train` started on this machine: `-m repa_pipeline.training.rank`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import sys
+
+from repa_pipeline.errors import RepaError
+
+_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+
+def main(path: str) -> int:
+    """Trains with the settings in `path`; returns the exit code."""
+    # A starter that is killed takes its ranks along: they save and end.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    from repa_pipeline.commands import run_training
+    from repa_pipeline.training.launch import read_config
+
+    try:
+        return run_training(read_config(path))
+    except RepaError as error:
+        print(f"repa: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
