@@ -215,12 +215,12 @@ def _train_phase(
     """
     config, method, meter = plan.config, plan.method, state.meter
     enter_phase(state.model, phase)
-    loss_of = shared_loss(method, state.model, state.ema.module, world)
     autocast = torch.autocast(plan.device.split(":")[0], torch.bfloat16, plan.dtype == "bf16")
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(_reader(plan, phase, steps, world))
         online = _online(plan, phase, steps, world, stack)
         batches = BatchMaker(config, plan.inputs, method, plan.device, world, online)
+        loss_of = shared_loss(method, state.model, state.ema.module, world, batches.accumulates)
         outputs.follow(reader)
         for records in reader:
             # One optimiser step: the loss is a mean over the global batch, whatever its parts.

@@ -55,6 +55,7 @@ class BatchMaker:
         self.device = device
         self.local = rank_slice(config.batch_size, world.rank, world.size)
         self.num_micro = _num_micro(config, self.local.stop - self.local.start)
+        self.accumulates = _num_micro(config, -(-config.batch_size // world.size)) > 1
         self._labels = torch.from_numpy(inputs.labels)
         self._online = online
         self._upload = Upload(device)

@@ -28,17 +28,19 @@ class StepLoss(nn.Module):
         return method.loss(self.model, ema, batch, t, noise)
 
 
-def shared_loss(method: Method, model: nn.Module, ema: nn.Module, world: World) -> nn.Module:
+def shared_loss(
+    method: Method, model: nn.Module, ema: nn.Module, world: World, accumulates: bool
+) -> nn.Module:
     """(batch, t, noise) -> losses; gradients are averaged over the ranks on the way back.
 
     Parameters without `requires_grad` are not waited for: make it anew when that changes.
+    accumulates: whether any rank takes several micro-batches a step.
     """
     loss = StepLoss(method, model, ema)
     if world.size == 1:
         return loss
-    return DistributedDataParallel(
-        loss, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    # A static graph is learnt on the first way back, which must then be shared.
+    return DistributedDataParallel(loss, static_graph=not accumulates, gradient_as_bucket_view=True)
 
 
 def gradients_shared(loss: nn.Module, now: bool) -> AbstractContextManager[Any]:
