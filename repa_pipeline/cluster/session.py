@@ -39,20 +39,32 @@ def ray_session(address: str | None, num_gpus: int | None = None) -> Iterator[bo
     """Inside, Ray is connected; the value says whether it is a cluster of our own.
 
     A session this process has already is used and left as it is. Raises StageError when no
-    cluster answers at `address`.
+    cluster answers at `address`, or when the session that is there is of another one.
     """
     is_local = address in (None, "", "local")
     with _environment(is_local), _keeping_sigterm():
         import ray
 
         was_there = ray.is_initialized()
-        if not was_there:
+        if was_there:
+            _check_session(ray, address)
+        else:
             _connect(ray, address, is_local, num_gpus)
     try:
         yield is_local and not was_there
     finally:
         if not was_there:
             ray.shutdown()
+
+
+def _check_session(ray: Any, address: str | None) -> None:
+    """Raises StageError when this process is connected to another cluster than `address`."""
+    joined = str(ray.get_runtime_context().gcs_address)
+    if address and address not in NOT_HOSTS and _place(address) != _place(joined):
+        raise StageError(
+            f"--address {address}: this process is connected to the Ray cluster at {joined} "
+            "already: give that address, or call ray.shutdown() first"
+        )
 
 
 def _connect(ray: Any, address: str | None, is_local: bool, num_gpus: int | None) -> None:
@@ -83,6 +95,14 @@ def _reach(address: str | None) -> None:
     if address and address not in NOT_HOSTS:
         host, _, port = address.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+
+
+def _place(address: str) -> tuple[str, str]:
+    """(IP address, port) of HOST:PORT; the host as it is where its name is not known here."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError):
+        host = socket.gethostbyname(host.strip("[]"))
+    return host, port
 
 
 def _silence_errors(ray: Any) -> None:

@@ -30,6 +30,9 @@ from urllib.parse import urlsplit
 
 _PIECE_BYTES = 64 * 1024
 _PIECES_PER_SECOND = 20
+# A receive window of less than a few segments of the loopback interface (64 KiB) stalls: the sender
+# then waits for timers of 200 ms and more.
+_RECEIVE_BYTES = 4 * _PIECE_BYTES
 _HOP_HEADERS = {"connection", "expect", "transfer-encoding", "content-length", "keep-alive"}
 _ERROR = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>{code}</Message></Error>'
 
@@ -202,7 +205,7 @@ class _Server(ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
         # What the kernel would take of an upload before we slow it down stays small.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _PIECE_BYTES)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
         self.server_bind()
         self.server_activate()
 

@@ -140,6 +140,15 @@ def test_commits_and_bytes_are_those_of_the_local_executor(
     assert sorted(os.listdir(tmp_path)) == ["cache", "marks", "other"]
 
 
+def test_a_session_of_another_cluster_is_not_taken(cluster: Any, stage: ToyStage) -> None:
+    own = RayExecutor(WISH, address=str(cluster.address))
+    assert run(stage, own).num_new == 10
+    host, _, port = str(cluster.address).rpartition(":")
+    other = RayExecutor(WISH, address=f"{host}:{int(port) + 1}")
+    with pytest.raises(StageError, match=f"connected to the Ray cluster at {cluster.address}"):
+        list(other.map(lambda: None, []))  # type: ignore[arg-type, return-value]
+
+
 def test_a_killed_worker_costs_the_shards_it_held(
     cluster: Any, stage: ToyStage, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
