@@ -17,6 +17,7 @@ LEVELS = {
     "settings": 1,
     "config": 1,
     "config_plan": 2,
+    "config_train": 2,
     "config_care": 2,
     "config_exchange": 2,
     "command_table": 3,
