@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.objects import LocalStore, get_json
@@ -145,12 +145,13 @@ class Previews:
     def _report(self, job: _Job) -> None:
         picture = job.output / "grid.png"
         numbers: dict[str, float] = {}
+        how: dict[str, Any] = {}
         if job.kind == EVALUATION:
-            numbers = read_scores(job.output / "result.json")
+            numbers, how = read_scores(job.output / "result.json")
             for part in ("images", "ledger"):  # scored, and large
                 shutil.rmtree(job.output / part, ignore_errors=True)
         self._log.image(job.step, job.kind, picture)
-        self._log.event(job.step, job.kind, numbers, path=str(picture))
+        self._log.event(job.step, job.kind, numbers, path=str(picture), **how)
 
     def _skip(self, job: _Job, reason: str) -> None:
         self._log.event(job.step, f"{job.kind}_skipped", reason=reason)
@@ -189,14 +190,20 @@ def kinds_due(config: TrainConfig, step: int) -> list[str]:
     return [kind for kind, every in rhythms.items() if every and step % every == 0]
 
 
-def read_scores(path: Path) -> dict[str, float]:
-    """The finite numbers of a result.json as "eval/NAME"."""
-    metrics = get_json(LocalStore(str(path.parent)), path.name)["metrics"]
-    return {
+def read_scores(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """The finite numbers of a result.json as "eval/NAME", and how they were measured."""
+    result = get_json(LocalStore(str(path.parent)), path.name)
+    numbers = {
         f"eval/{name}": float(value)
-        for name, value in metrics.items()
+        for name, value in result["metrics"].items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+    how = {
+        "num_samples": result["num_samples"],
+        "network": result["network"]["name"],
+        "reference": result["reference"]["name"],
+    }
+    return numbers, how
 
 
 def _folder_name(checkpoint: Path) -> str:

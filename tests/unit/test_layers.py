@@ -42,6 +42,8 @@ LEVELS = {
     "report_charts": 9,
     "report_html": 9,
     "report_results": 9,
+    "report_settings": 9,
+    "report_training": 9,
     "report_twins": 9,
     "testing": 9,
     "cluster": 9,

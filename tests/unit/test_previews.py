@@ -169,7 +169,9 @@ def test_scores_are_those_of_the_samples(workspace: Path, monkeypatch: pytest.Mo
         "reference.npz",
     )
     numbers = {name: value for name, value in event.items() if name.startswith("eval/")}
-    assert numbers == read_scores(folder / "result.json")
+    assert numbers == read_scores(folder / "result.json")[0]
+    how = {"num_samples": 11, "network": "digits-cnn", "reference": "reference.npz"}
+    assert {name: event[name] for name in how} == how
     assert {"eval/frechet_distance", "eval/inception_score"} <= numbers.keys()
     assert len(seen[0]) == 11
     pool = digits_features(seen[0])
