@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.objects import LocalStore, get_json
 from repa_pipeline.observe import RunLog
-from repa_pipeline.training.checkpoint import complete_steps
+from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
 
 PREVIEW, EVALUATION = "preview", "evaluation"
 _SAMPLER_STEPS = 50
@@ -92,15 +93,25 @@ class Previews:
                 self._job = None
                 self._skip(job, str(error))
 
+    def catch_up(
+        self, last_step: int, checkpoints: Path, events: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Makes what the end of an earlier process, killed or stopped, has cut short.
+
+        events: what the run has logged; checkpoints: its folder, read up to `last_step`.
+        """
+        ended = {(event["step"], event["event"].removesuffix("_skipped")) for event in events}
+        for step in complete_steps(checkpoints):
+            kinds = kinds_due(self._config, step) if step <= last_step else []
+            path = checkpoint_path(checkpoints, step)
+            self._waiting += [_Job(k, step, path) for k in kinds if (step, k) not in ended]
+        self.poll()
+
     def stop(self) -> None:
-        """Ends the running process and drops what waits."""
-        job = self._job
-        if job is not None and job.process is not None:
-            job.process.terminate()
-            job.process.wait()
-        for job in (*self._waiting, self._job):
-            if job is not None:
-                self._skip(job, "the run was stopped")
+        """Ends the running process and drops what waits: a later `catch_up` makes it."""
+        if self._job is not None and self._job.process is not None:
+            self._job.process.terminate()
+            self._job.process.wait()
         self._waiting, self._job = [], None
 
     def _next(self, wait: bool) -> _Job | None:

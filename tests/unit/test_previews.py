@@ -203,9 +203,9 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
     return Held.started
 
 
-def new_previews(folder: Path, **changes: Any) -> Previews:
+def new_previews(folder: Path, from_step: int = 0, **changes: Any) -> Previews:
     rhythm = {"preview_every": 1, "evaluate_every": 2, **changes}
-    log = RunLog([JsonLines(folder, from_step=0)])
+    log = RunLog([JsonLines(folder, from_step)])
     return Previews(toy_train_config(folder, **rhythm), folder, log)
 
 
@@ -238,8 +238,14 @@ def test_one_process_at_a_time_and_one_waiting(tmp_path: Path, held: list[Held])
     assert (event, step) == ("evaluation_skipped", 2) and "result.json" in reason
     assert shown.steps_in_use == {3}
     shown.stop()
-    assert held[3].was_stopped and shown.steps_in_use == set()
-    assert said(tmp_path)[3] == ("preview_skipped", 3, "the run was stopped")
+    assert held[3].was_stopped and shown.steps_in_use == set() and len(said(tmp_path)) == 3
+
+    # A later process makes what was stopped, and nothing that had its end; up to where it goes on.
+    save_checkpoint(tmp_path / "checkpoints", 4, {})
+    again = new_previews(tmp_path, from_step=3)
+    again.catch_up(3, tmp_path / "checkpoints", read_events(tmp_path / "events.jsonl"))
+    assert again.steps_in_use == {3} and len(held) == 5
+    assert "step-00000003" in flag(held[4].command, "output")
 
 
 def test_a_checkpoint_that_is_not_yet_written_is_waited_for(
@@ -266,8 +272,7 @@ def test_an_error_of_the_run_stops_what_works(tmp_path: Path, held: list[Held]) 
     with pytest.raises(KeyboardInterrupt), new_previews(tmp_path) as shown:
         shown.start(1, save_checkpoint(tmp_path / "checkpoints", 1, {}))
         raise KeyboardInterrupt
-    assert held[0].was_stopped
-    assert said(tmp_path) == [("preview_skipped", 1, "the run was stopped")]
+    assert held[0].was_stopped and said(tmp_path) == []
 
 
 def test_a_process_that_cannot_start_is_an_event(
