@@ -38,6 +38,7 @@ from repa_pipeline.report_twins import TwinGroup, find_twins, without_twin
 from repa_pipeline.training.runs import runs_folder
 
 _NOT_SCORED = "not scored yet"
+_MANY = 4  # lines of one kind, above which they are folded away
 _COMPARING = (
     "Lower distances are better. A distance falls with the number of samples and depends on "
     "network, reference and sampler, so only equal ones are compared. For one pair of runs a "
@@ -100,7 +101,10 @@ def _summary(runs: Sequence[RunFacts]) -> Html:
         parts.append(folded(f"Pairs at earlier steps ({len(earlier)})", join(map(_group, earlier))))
     compared = {twin.aligned.name for group in groups for twin in group.twins}
     alone = [run for run in runs if run.aligned and run.name not in compared]
-    parts += [tag("p", prose(without_twin(run, runs)), "missing") for run in alone]
+    reasons = [tag("p", prose(without_twin(run, runs)), "missing") for run in alone]
+    if len(reasons) > _MANY:
+        reasons = [folded(f"Aligned runs that are not compared ({len(alone)})", join(reasons))]
+    parts += reasons
     if not any(run.aligned for run in runs):
         parts.append(
             tag("p", "There is no aligned run yet, so nothing to compare with.", "missing")
@@ -251,11 +255,16 @@ def _distance_table(scored: list[tuple[RunFacts, SampleSet]]) -> Html:
 def _samples(runs: Sequence[RunFacts]) -> Html:
     parts: list[Any] = [tag("h2", "Samples")]
     for run in runs:
-        if not run.samples:
-            words = f"{run.name}: no samples yet, run `repa sample --run {run.name}`."
-            parts.append(tag("p", prose(words), "missing"))
         parts += [_sample_set(run, samples) for samples in run.samples]
-    return join(parts)
+    absent = [
+        f"{run.name}: no samples yet, run `repa sample --run {run.name}`."
+        for run in runs
+        if not run.samples
+    ]
+    lines = [tag("p", prose(words), "missing") for words in absent]
+    if len(lines) > _MANY:
+        lines = [folded(f"Runs without samples ({len(lines)})", join(lines))]
+    return join([*parts, *lines])
 
 
 def _sample_set(run: RunFacts, samples: SampleSet) -> Html:

@@ -18,6 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 # With the colours: after the first seven lines the next seven have another mark, and so on.
 MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))
 _MARKED_POINTS = 40
+_MARKS_OF_MANY = 8
 _FEW_LINES = 8
 # More points than a chart has room for are averaged.
 _MAX_POINTS = 300
@@ -134,9 +135,10 @@ def _draw_panel(axes: Axes, panel: Panel, handles: dict[str, Any]) -> None:
 
 def _plot(axes: Axes, line: Line, *, few: bool) -> Any:
     x, y = thinned(line.x, line.y)
-    # Of many points only some are marked, and none where the colours suffice.
-    every = math.ceil(len(x) / 10) if len(x) > _MARKED_POINTS else 1
-    marked = every == 1 or line.position >= len(COLOURS)
+    # Of many points, or of many lines, only some are marked, and none where colours suffice.
+    crowded = len(x) > _MARKED_POINTS or not few
+    every = math.ceil(len(x) / _MARKS_OF_MANY) if crowded else 1
+    marked = not crowded or line.position >= len(COLOURS) or len(x) == 1
     return axes.plot(
         x,
         y,

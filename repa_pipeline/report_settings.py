@@ -59,6 +59,12 @@ def _in_short(value: str) -> str:
     return value[:8] if is_digest else value
 
 
+def _cell(name: str, value: str | None) -> Any:
+    if value is not None:
+        return value
+    return "none" if name.startswith("data.") else missing_text(_NOT_RECORDED)
+
+
 def _difference_table(runs: Sequence[RunFacts]) -> Html:
     found = differences(runs)
     if not found:
@@ -66,7 +72,7 @@ def _difference_table(runs: Sequence[RunFacts]) -> Html:
     rows = [
         (
             run_name(runs, run),
-            *(missing_text(_NOT_RECORDED) if v[i] is None else v[i] for v in found.values()),
+            *(_cell(name, values[i]) for name, values in found.items()),
         )
         for i, run in enumerate(runs)
     ]

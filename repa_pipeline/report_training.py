@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 from repa_pipeline.report_charts import Line, Panel, colour_of, draw, glyph_of
@@ -179,8 +180,10 @@ def _score_panels(
 
 
 def _figures(panels: Sequence[Panel], name: str) -> list[Html]:
-    """The panels in rows."""
-    rows = [panels[start : start + _PANELS] for start in range(0, len(panels), _PANELS)]
+    """The panels in rows of about the same number."""
+    num_rows = math.ceil(len(panels) / _PANELS)
+    width = math.ceil(len(panels) / max(num_rows, 1))
+    rows = [panels[row * width : (row + 1) * width] for row in range(num_rows)]
     return [
         tag("figure", Html(draw(row, name if len(rows) == 1 else f"{name}-{i}-")))
         for i, row in enumerate(rows)

@@ -22,6 +22,7 @@ from repa_pipeline.observe import RunLog
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
 
 PREVIEW, EVALUATION = "preview", "evaluation"
+MAX_WAITING = 4  # of each kind
 _SAMPLER_STEPS = 50
 _BATCH = 64
 _PICTURE = 100
@@ -73,12 +74,13 @@ class Previews:
     def start(self, step: int, checkpoint: Path) -> None:
         """Makes what is due at `step` once `checkpoint` is complete, which it need not be yet.
 
-        Of each kind one may wait: an older one that still does gives way.
+        Every one that waits keeps a checkpoint on the disk: of too many the oldest gives way.
         """
         for kind in kinds_due(self._config, step):
-            for job in [job for job in self._waiting if job.kind == kind]:
-                self._waiting.remove(job)
-                self._skip(job, "the one before it took too long")
+            alike = [job for job in self._waiting if job.kind == kind]
+            if len(alike) >= MAX_WAITING:
+                self._waiting.remove(alike[0])
+                self._skip(alike[0], "those before it took too long")
             self._waiting.append(_Job(kind, step, checkpoint))
         self.poll()
 

@@ -214,13 +214,16 @@ def said(folder: Path) -> list[tuple[str, int, str]]:
     return [(e["event"], e["step"], e.get("reason", "")) for e in events]
 
 
-def test_one_process_at_a_time_and_one_waiting(tmp_path: Path, held: list[Held]) -> None:
+def test_one_process_at_a_time_and_few_waiting(
+    tmp_path: Path, held: list[Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(previews, "MAX_WAITING", 1)
     shown = new_previews(tmp_path)
     for step in (1, 2, 3):
         shown.start(step, save_checkpoint(tmp_path / "checkpoints", step, {}))
     # The preview of step 1 works, the evaluation of 2 waits, the preview of 3 replaced that of 2.
     assert len(held) == 1 and shown.steps_in_use == {1, 2, 3}
-    assert said(tmp_path) == [("preview_skipped", 2, "the one before it took too long")]
+    assert said(tmp_path) == [("preview_skipped", 2, "those before it took too long")]
     held[0].returncode = 3
     shown.poll()
     assert said(tmp_path)[1:] == [("preview_skipped", 1, "exit code 3, no message")]

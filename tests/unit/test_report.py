@@ -629,7 +629,7 @@ def test_settings_that_differ(tmp_path: pathlib.Path) -> None:
     seen = words(report(tmp_path))
     assert "run align_steps data.arrays.features.digits-vit.64 learning_rate method steps" in seen
     assert "● a 40 22222222 0.001 repa 200" in seen
-    assert "● c not recorded not recorded 0.001 sit 400" in seen
+    assert "● c not recorded none 0.001 sit 400" in seen
 
 
 def test_equal_runs_do_not_differ(tmp_path: pathlib.Path) -> None:
@@ -648,6 +648,9 @@ def test_many_runs_stay_apart(tmp_path: pathlib.Path, charts: None) -> None:
     assert list(by_run) == names and len(set(by_run.values())) == 12
     assert by_run[names[0]] == (COLOURS[0], "●") and by_run[names[7]] == (COLOURS[0], "■")
     assert words(page).count("sit-xs-2.teacher-11") >= 4
+    # What is the same for all is folded away.
+    folds = re.findall(r"<summary>([^<]*)</summary>", page)
+    assert folds[:2] == ["Aligned runs that are not compared (12)", "Runs without samples (12)"]
 
 
 def test_long_curves_are_averaged() -> None:
