@@ -1,18 +1,24 @@
-"""What a run tells: events as JSON lines and TensorBoard scalars, progress for a person."""
+"""What a run tells: progress for a person; a log as JSON lines, on TensorBoard, on W&B."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from repa_pipeline.config import decisions
 from repa_pipeline.engine.run import Progress
+from repa_pipeline.errors import MissingError, StageError
+
+if TYPE_CHECKING:
+    from repa_pipeline.config_train import TrainConfig
 
 NUM_SHOWN_WORKERS = 8
 
@@ -120,60 +126,88 @@ def progress_for_stream() -> Progress:
     return Bar() if sys.stderr.isatty() else PlainLines()
 
 
-class RunLog:
-    """Events of one training run: `events.jsonl` and TensorBoard files in `folder`.
+class Sink:
+    """A place that a run's log goes to; every method may be left out."""
 
-    Opening it at step s drops what a killed run logged after s, and the means of an interval of
-    `every` steps that the end of a run cut short, so that the curve of a resumed run is the curve
-    of an undisturbed one.
+    def record(
+        self, step: int, event: str, numbers: Mapping[str, float], facts: Mapping[str, Any]
+    ) -> None:
+        """Takes what happened at `step`: numbers to plot, and other facts (JSON values)."""
+
+    def image(self, step: int, name: str, png: Path) -> None:
+        """Takes a picture file."""
+
+    def flush(self) -> None:
+        """Makes everything taken so far survive a kill."""
+
+    def close(self) -> None:
+        """Takes no more."""
+
+
+class RunLog:
+    """The log of one training run, written to any number of sinks; without any it is dropped."""
+
+    def __init__(self, sinks: Sequence[Sink]):
+        self.sinks = tuple(sinks)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the means of the interval that ends at `step`."""
+        for sink in self.sinks:
+            sink.record(step, "scalars", values, {})
+
+    def event(
+        self, step: int, event: str, numbers: Mapping[str, float] | None = None, **facts: Any
+    ) -> None:
+        """Logs something that happened, with the numbers that were found if there are any.
+
+        `step` may lie before steps that are logged already.
+        """
+        for sink in self.sinks:
+            sink.record(step, event, numbers or {}, facts)
+
+    def image(self, step: int, name: str, png: Path) -> None:
+        """Logs a picture file."""
+        for sink in self.sinks:
+            sink.image(step, name, png)
+
+    def flush(self) -> None:
+        """Makes everything logged so far survive a kill."""
+        for sink in self.sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonLines(Sink):
+    """`events.jsonl` in `folder`: the record that `repa report` reads.
+
+    Opening it at step s drops what a killed run logged of the steps after s, and the means of an
+    interval of `every` steps that the end of a run cut short, so that the curve of a resumed run is
+    the curve of an undisturbed one. What was found out late about a step up to s stays.
     """
 
-    def __init__(self, folder: Path, from_step: int, every: int = 1, tensorboard: bool = True):
+    def __init__(self, folder: Path, from_step: int, every: int = 1):
         self.path = folder / "events.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self._drop_after(from_step, every)
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Logs numbers at `step` to both outputs."""
-        self._write({"event": "scalars", "step": step, **values})
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def image(self, step: int, name: str, png: Path) -> None:
-        """Logs a picture file to TensorBoard."""
-        if self._board is not None:
-            import numpy as np
-            from PIL import Image
-
-            with Image.open(png) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            self._board.add_image(name, pixels, step, dataformats="HWC")
-
-    def event(self, step: int, event: str, **facts: Any) -> None:
-        """Logs something that happened."""
-        self._write({"event": event, "step": step, **facts})
+    def record(
+        self, step: int, event: str, numbers: Mapping[str, float], facts: Mapping[str, Any]
+    ) -> None:
+        record = {"event": event, "step": step, **facts, **numbers}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
     def flush(self) -> None:
-        """Makes everything logged so far survive a kill."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.flush()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
 
     def _drop_after(self, step: int, every: int) -> None:
         if not self.path.exists():
@@ -187,6 +221,125 @@ class RunLog:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
+
+
+class TensorBoard(Sink):
+    """Numbers and pictures as TensorBoard files in `folder`/tensorboard."""
+
+    def __init__(self, folder: Path, from_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+
+    def record(
+        self, step: int, event: str, numbers: Mapping[str, float], facts: Mapping[str, Any]
+    ) -> None:
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, png: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(png) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class WeightsAndBiases(Sink):
+    """Numbers and pictures in a Weights & Biases project; WANDB_MODE=offline keeps them local.
+
+    The run's id is kept in `folder`/wandb.json, so that a resumed run goes on in the same one.
+    `settings` are shown with the run; the command line, which may hold secrets, is not sent. A
+    service that fails later on is left out with a word on standard error: it must not cost the run.
+    Raises MissingError without the wandb package, StageError when the service refuses the run.
+    """
+
+    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]):
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise MissingError(
+                "--wandb needs the wandb package, which is not installed: pip install wandb, or "
+                "leave --wandb out"
+            ) from error
+        self._wandb: Any = wandb
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                id=_wandb_id(folder, project),
+                resume="allow",
+                name=folder.name,
+                dir=str(folder),
+                config=dict(settings),
+                settings=wandb.Settings(
+                    console="off", disable_git=True, save_code=False, x_disable_meta=True
+                ),
+            )
+            # A resumed run logs steps again, and evaluations come late: an axis of our own.
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:  # of the service's many kinds none may look like a bug
+            raise StageError(
+                f"Weights & Biases did not open project '{project}' ({error}): run `wandb login`, "
+                "set WANDB_MODE=offline, or leave --wandb out"
+            ) from error
+
+    def record(
+        self, step: int, event: str, numbers: Mapping[str, float], facts: Mapping[str, Any]
+    ) -> None:
+        if numbers:
+            self._send(lambda run: run.log({**numbers, "step": step}))
+
+    def image(self, step: int, name: str, png: Path) -> None:
+        self._send(lambda run: run.log({name: self._wandb.Image(str(png)), "step": step}))
+
+    def close(self) -> None:
+        self._send(lambda run: run.finish())
+
+    def _send(self, action: Callable[[Any], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:
+            self._run = None
+            print(
+                f"Weights & Biases failed ({error}) and gets nothing more; events.jsonl goes on",
+                file=sys.stderr,
+            )
+
+
+def _wandb_id(folder: Path, project: str) -> str:
+    """The id that this run has in `project`; a new one is kept before it is used."""
+    path = folder / "wandb.json"
+    ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if project not in ids:
+        ids[project] = secrets.token_hex(8)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(ids), encoding="utf-8")
+        os.replace(temporary, path)
+    return ids[project]
+
+
+def open_run_log(folder: Path, config: TrainConfig, from_step: int, rank: int = 0) -> RunLog:
+    """The log of the run in `folder` that goes on at `from_step`; only rank 0 writes.
+
+    Raises what WeightsAndBiases raises.
+    """
+    if rank:
+        return RunLog(())
+    sinks: list[Sink] = [JsonLines(folder, from_step, config.log_every)]
+    if config.tensorboard:
+        sinks.append(TensorBoard(folder, from_step))
+    if config.wandb:
+        sinks.append(WeightsAndBiases(folder, config.wandb, decisions(config)))
+    return RunLog(sinks)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """`repa report`: one self-contained HTML page from the runs of a workspace.
 
 No script, no outside resource, no date: equal results are equal bytes. What is read is in
-report_results.py, what is compared in report_twins.py, how it is drawn in report_charts.py.
+report_results.py, what is compared in report_twins.py, how it is drawn in report_charts.py; the
+sections on training and settings are in report_training.py and report_settings.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from repa_pipeline.config import ReportConfig
 from repa_pipeline.data.fsstore import refuse_credentials
 from repa_pipeline.data.objects import LocalStore
 from repa_pipeline.errors import ConfigError, MissingError
-from repa_pipeline.report_charts import COLOURS, Line, Panel, draw
+from repa_pipeline.report_charts import Panel, draw
 from repa_pipeline.report_html import (
     Html,
     facts,
@@ -31,10 +32,13 @@ from repa_pipeline.report_html import (
     tag,
 )
 from repa_pipeline.report_results import DISTANCE, RunFacts, SampleSet, dig, is_number, read_runs
+from repa_pipeline.report_settings import settings_section
+from repa_pipeline.report_training import evaluations, run_line, run_name, speed, training_curves
 from repa_pipeline.report_twins import TwinGroup, find_twins, without_twin
 from repa_pipeline.training.runs import runs_folder
 
 _NOT_SCORED = "not scored yet"
+_MANY = 4  # lines of one kind, above which they are folded away
 _COMPARING = (
     "Lower distances are better. A distance falls with the number of samples and depends on "
     "network, reference and sampler, so only equal ones are compared. For one pair of runs a "
@@ -59,10 +63,12 @@ def write_report(config: ReportConfig) -> Path:
     sections = [
         _summary(runs),
         _runs_table(runs, output.parent),
-        _training_curves(runs),
+        training_curves(runs),
+        speed(runs),
+        evaluations(runs),
         _distances(runs),
         _samples(runs),
-        _settings(runs),
+        settings_section(runs),
     ]
     LocalStore(str(output.parent)).put(output.name, page(title, sections).encode())
     return output
@@ -95,7 +101,10 @@ def _summary(runs: Sequence[RunFacts]) -> Html:
         parts.append(folded(f"Pairs at earlier steps ({len(earlier)})", join(map(_group, earlier))))
     compared = {twin.aligned.name for group in groups for twin in group.twins}
     alone = [run for run in runs if run.aligned and run.name not in compared]
-    parts += [tag("p", prose(without_twin(run, runs)), "missing") for run in alone]
+    reasons = [tag("p", prose(without_twin(run, runs)), "missing") for run in alone]
+    if len(reasons) > _MANY:
+        reasons = [folded(f"Aligned runs that are not compared ({len(alone)})", join(reasons))]
+    parts += reasons
     if not any(run.aligned for run in runs):
         parts.append(
             tag("p", "There is no aligned run yet, so nothing to compare with.", "missing")
@@ -143,26 +152,23 @@ def _reference(samples: SampleSet) -> str:
 
 def _runs_table(runs: Sequence[RunFacts], beside: Path) -> Html:
     losses = list(dict.fromkeys(name for run in runs for name in run.last()))
-    numeric = ("seed", "steps done / planned", "images/s", "data wait")
+    numeric = ("seed", "steps done / planned")
     columns = ("run", "model", "teacher", "method", *numeric, *(_last(name) for name in losses))
     rows = [
         (
-            join([tag("strong", run.name), _folder(run, beside)], "<br>"),
+            join([run_name(runs, run), _folder(run, beside)], "<br>"),
             tag("span", _known(run.setting("model")), "whole"),
             ", ".join(run.teachers) or "vanilla",
             _known(dig(run.record, "decided", "method")),
             _known(run.setting("seed")),
             _steps(run),
-            number(run.median("images_per_s"), missing="not logged yet"),
-            number(run.median("data_wait"), ".2%", missing="not logged yet"),
             *(number(run.last().get(name), missing=_no_loss(run)) for name in losses),
         )
         for run in runs
     ]
     remarks = [tag("p", prose(f"{run.name}: {r}"), "missing") for run in runs for r in run.remarks]
-    note = "images/s and data wait (share of the time spent waiting for data) are medians."
     shown = table(columns, rows, columns[4:])
-    return join([tag("h2", "Runs"), shown, tag("p", note, "quiet"), *remarks])
+    return join([tag("h2", "Runs"), shown, *remarks])
 
 
 def _known(value: Any) -> Any:
@@ -184,42 +190,6 @@ def _last(name: str) -> str:
 
 def _no_loss(run: RunFacts) -> str:
     return "none" if run.scalars else "not logged yet"
-
-
-def _training_curves(runs: Sequence[RunFacts]) -> Html:
-    panels = [
-        Panel("Denoising loss", "loss", _lines(runs, "denoising"), "no events yet"),
-        Panel(
-            "Alignment with the teacher",
-            "mean cosine similarity",
-            _lines(runs, "alignment", sign=-1),
-            "no aligned run has logged yet",
-        ),
-        Panel("Gradient norm", "norm before clipping", _lines(runs, "grad_norm"), "no events yet"),
-    ]
-    silent = [run.name for run in runs if not run.scalars]
-    note = f"Means over the steps between two points. Dashed: vanilla.{_nothing_logged(silent)}"
-    figure = tag("figure", Html(draw(panels, "training")))
-    return join([tag("h2", "Training curves"), figure, tag("p", note, "quiet")])
-
-
-def _nothing_logged(names: Sequence[str]) -> str:
-    return f" Nothing logged yet: {', '.join(names)}." if names else ""
-
-
-def _lines(runs: Sequence[RunFacts], name: str, sign: int = 1) -> list[Line]:
-    lines = []
-    for run in runs:
-        steps, values = run.curve(name)
-        if steps:
-            lines.append(_line(runs, run, steps, [sign * value for value in values]))
-    return lines
-
-
-def _line(runs: Sequence[RunFacts], run: RunFacts, x: list[int], y: list[float]) -> Line:
-    """A line in the run's own colour, the same in every chart."""
-    colour = COLOURS[[other.name for other in runs].index(run.name) % len(COLOURS)]
-    return Line(run.name, colour, not run.aligned, x, y)
 
 
 def _distances(runs: Sequence[RunFacts]) -> Html:
@@ -248,7 +218,7 @@ def _distance_chart(
         own = [s for r, s in members if r.name == run.name and s.step is not None]
         points = sorted((s.step or 0, s.distance or 0.0) for s in own)
         if points:
-            lines.append(_line(runs, run, [x for x, _ in points], [y for _, y in points]))
+            lines.append(run_line(runs, run, [x for x, _ in points], [y for _, y in points]))
     if not any(len(set(line.x)) > 1 for line in lines):
         return []
     samples = members[0][1]
@@ -285,11 +255,16 @@ def _distance_table(scored: list[tuple[RunFacts, SampleSet]]) -> Html:
 def _samples(runs: Sequence[RunFacts]) -> Html:
     parts: list[Any] = [tag("h2", "Samples")]
     for run in runs:
-        if not run.samples:
-            words = f"{run.name}: no samples yet, run `repa sample --run {run.name}`."
-            parts.append(tag("p", prose(words), "missing"))
         parts += [_sample_set(run, samples) for samples in run.samples]
-    return join(parts)
+    absent = [
+        f"{run.name}: no samples yet, run `repa sample --run {run.name}`."
+        for run in runs
+        if not run.samples
+    ]
+    lines = [tag("p", prose(words), "missing") for words in absent]
+    if len(lines) > _MANY:
+        lines = [folded(f"Runs without samples ({len(lines)})", join(lines))]
+    return join([*parts, *lines])
 
 
 def _sample_set(run: RunFacts, samples: SampleSet) -> Html:
@@ -365,15 +340,6 @@ def _judgement(samples: SampleSet) -> Html:
             " ",
         ),
     )
-
-
-def _settings(runs: Sequence[RunFacts]) -> Html:
-    parts = [tag("h2", "Settings of the runs")]
-    for run in runs:
-        decided = dig(run.record, "decided")
-        content = facts(decided) if decided else missing_text("not recorded")
-        parts.append(folded(f"{run.name}: what decides its curve", content))
-    return join(parts)
 
 
 def _measurement(samples: SampleSet) -> dict[str, Any]:

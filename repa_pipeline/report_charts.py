@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which most colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+# With the colours: after the first seven lines the next seven have another mark, and so on.
+MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))
 _MARKED_POINTS = 40
+_MARKS_OF_MANY = 8
+_FEW_LINES = 8
+# More points than a chart has room for are averaged.
+_MAX_POINTS = 300
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
     "font.size": 9,
@@ -31,13 +38,21 @@ _STYLE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One run in a chart."""
+    """One run in a chart; `position` among all runs gives its colour and its mark."""
 
     label: str
-    colour: str
+    position: int
     dashed: bool
     x: Sequence[float]
     y: Sequence[float]
+
+    @property
+    def colour(self) -> str:
+        return colour_of(self.position)
+
+    @property
+    def mark(self) -> str:
+        return _mark_of(self.position)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,20 @@ class Panel:
     lines: Sequence[Line]
     missing: str
     log_y: bool = False
+    x_label: str = "step"
+
+
+def colour_of(position: int) -> str:
+    return COLOURS[position % len(COLOURS)]
+
+
+def glyph_of(position: int) -> str:
+    """The mark of a line, as text."""
+    return _mark_of(position)[1]
+
+
+def _mark_of(position: int) -> tuple[str, str]:
+    return MARKS[position // len(COLOURS) % len(MARKS)]
 
 
 def draw(panels: Sequence[Panel], name: str, *, width: float = 11.6, height: float = 3.4) -> str:
@@ -88,27 +117,50 @@ def _draw_panel(axes: Axes, panel: Panel, handles: dict[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_title(panel.title, fontsize=10, loc="left")
-    axes.set_xlabel("step")
+    axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    if panel.x_label == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     if not panel.lines:
         axes.text(0.5, 0.5, panel.missing, ha="center", va="center", transform=axes.transAxes)
         axes.set_xticks([])
         axes.set_yticks([])
         return
     for line in panel.lines:
-        (handles[line.label],) = axes.plot(
-            line.x,
-            line.y,
-            color=line.colour,
-            linestyle="--" if line.dashed else "-",
-            marker="o" if len(line.x) <= _MARKED_POINTS else "",
-            markersize=3,
-            label=line.label,
-        )
+        (handles[line.label],) = _plot(axes, line, few=len(panel.lines) <= _FEW_LINES)
     if panel.log_y and all(y > 0 for line in panel.lines for y in line.y):
         _use_log(axes, [y for line in panel.lines for y in line.y])
+
+
+def _plot(axes: Axes, line: Line, *, few: bool) -> Any:
+    x, y = thinned(line.x, line.y)
+    # Of many points, or of many lines, only some are marked, and none where colours suffice.
+    crowded = len(x) > _MARKED_POINTS or not few
+    every = math.ceil(len(x) / _MARKS_OF_MANY) if crowded else 1
+    marked = not crowded or line.position >= len(COLOURS) or len(x) == 1
+    return axes.plot(
+        x,
+        y,
+        color=line.colour,
+        linestyle="--" if line.dashed else "-",
+        linewidth=1.6 if few else 1.1,
+        marker=line.mark if marked else "",
+        markevery=every,
+        markersize=3 if few else 4,
+        label=line.label,
+    )
+
+
+def thinned(
+    x: Sequence[float], y: Sequence[float], limit: int = _MAX_POINTS
+) -> tuple[list[float], list[float]]:
+    """At most `limit` points: means of as many values each, at the last of their places."""
+    size = math.ceil(len(x) / limit)
+    if size <= 1:
+        return list(x), list(y)
+    parts = [slice(start, start + size) for start in range(0, len(x), size)]
+    return [x[part][-1] for part in parts], [statistics.fmean(y[part]) for part in parts]
 
 
 def _use_log(axes: Axes, values: Sequence[float]) -> None:

@@ -66,6 +66,11 @@ def text(value: Any) -> str:
     return value if isinstance(value, Html) else html.escape(str(value))
 
 
+def key(colour: str, glyph: str) -> Html:
+    """The mark by which a line of the charts is known, for a table."""
+    return Html(f'<span style="color:{colour}">{text(glyph)}</span>')
+
+
 def tag(name: str, content: Any, css: str = "") -> Html:
     """An element; `content` is escaped unless it is Html."""
     attribute = f' class="{css}"' if css else ""
@@ -107,7 +112,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], numeric: Sequen
 
 def facts(values: Mapping[str, Any]) -> Html:
     """Names and values, nested ones under dotted names."""
-    pairs = (Html(f"<div>{tag('dt', k)}{tag('dd', v)}</div>") for k, v in _flat(values))
+    pairs = (Html(f"<div>{tag('dt', k)}{tag('dd', v)}</div>") for k, v in flat(values))
     return Html(f"<dl>\n{join(pairs)}\n</dl>")
 
 
@@ -146,12 +151,13 @@ def page(title: str, sections: Iterable[Html]) -> str:
     )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, text) of every value, sorted."""
     pairs: list[tuple[str, str]] = []
     for key in sorted(values):
         value = values[key]
         if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{key}.")
+            pairs += flat(value, f"{prefix}{key}.")
         else:
             pairs.append((prefix + key, _short(value)))
     return pairs

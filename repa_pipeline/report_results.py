@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,11 @@ from repa_pipeline.observe import read_events
 from repa_pipeline.training.runs import Run, list_runs
 
 DISTANCE = "frechet_distance"
-_PACE = ("images_per_s", "data_wait", "skipped_steps")
+_PACE = (
+    *("images_per_s", "mfu", "data_wait", "bytes_per_s"),
+    *("rss_bytes", "peak_device_bytes", "skipped_steps"),
+)
+_BUCKET = re.compile(r"(.+)/t(\d\.\d+)-(\d\.\d+)")
 # Sample settings that say which training the samples are of, and how they are laid out in shards.
 _OF_TRAINING = ("checkpoint_sha256", "step", "method", "model")
 _LAYOUT = ("batch_size", "shard_rows")
@@ -81,11 +86,12 @@ class SampleSet:
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """A run as its files tell it."""
+    """A run as its files tell it; evaluations: scores made on the way, by step."""
 
     run: Run
     record: Mapping[str, Any]
     scalars: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
     samples: tuple[SampleSet, ...]
     remarks: tuple[str, ...]
 
@@ -112,10 +118,18 @@ class RunFacts:
         decided = dig(self.record, "decided", "settings", name)
         return dig(self.record, "config", name) if decided is None else decided
 
+    def values(self, name: str) -> list[float]:
+        """A logged number, event by event."""
+        return self.curve(name)[1]
+
     def median(self, name: str) -> float | None:
         """Median of a logged number over the events."""
-        values = [event[name] for event in self.scalars if is_number(event.get(name))]
+        values = self.values(name)
         return statistics.median(values) if values else None
+
+    def peak(self, name: str) -> float | None:
+        """Largest value of a logged number."""
+        return max(self.values(name), default=None)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a logged number; empty when it was never logged."""
@@ -126,7 +140,33 @@ class RunFacts:
         """The last logged losses and gradient norm."""
         event = self.scalars[-1] if self.scalars else {}
         hidden = ("event", "step", *_PACE)
-        return {k: v for k, v in event.items() if k not in hidden and isinstance(v, int | float)}
+        return {
+            name: value
+            for name, value in event.items()
+            if name not in hidden and isinstance(value, int | float) and not is_bucket(name)
+        }
+
+    def names(self) -> list[str]:
+        """What was logged at least once, in the order of the first time."""
+        return list(dict.fromkeys(name for event in self.scalars for name in event))
+
+    def by_time(self, name: str) -> tuple[list[float], list[float]]:
+        """(middles of the buckets of t, means) of a loss in the last interval that has any."""
+        for event in reversed(self.scalars):
+            found = []
+            for key, value in event.items():
+                bucket = _BUCKET.fullmatch(key)
+                if bucket and bucket[1] == name and is_number(value):
+                    found.append(((float(bucket[2]) + float(bucket[3])) / 2, value))
+            if found:
+                found.sort()
+                return [t for t, _ in found], [value for _, value in found]
+        return [], []
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a logged number is a mean over a part of the times t: "denoising/t0.0-0.1"."""
+    return _BUCKET.fullmatch(name) is not None
 
 
 def is_number(value: Any) -> bool:
@@ -151,9 +191,22 @@ def _read_run(run: Run) -> RunFacts:
     skipped = scalars[-1].get("skipped_steps") if scalars else None
     if skipped:
         remarks.append(f"{skipped:,.0f} steps were skipped")
+    remarks += [words for kind in ("preview", "evaluation") for words in _not_made(events, kind)]
+    scores = [event for event in events if event.get("event") == "evaluation"]
+    scores.sort(key=lambda event: event["step"])
     found = [_read_samples(path) for path in sorted(run.folder.glob("samples/*/"))]
     found.sort(key=lambda samples: (samples.step or 0, samples.folder.name))
-    return RunFacts(run, record, scalars, tuple(found), tuple(remarks))
+    return RunFacts(run, record, scalars, scores, tuple(found), tuple(remarks))
+
+
+def _not_made(events: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    """How many previews or evaluations failed, and why the last one did."""
+    failed = [event for event in events if event.get("event") == f"{kind}_skipped"]
+    if not failed:
+        return []
+    last = failed[-1]
+    count = f"{len(failed)} {kind}s were" if len(failed) > 1 else f"1 {kind} was"
+    return [f"{count} skipped; of step {last['step']:,}: {last.get('reason')}"]
 
 
 def _read_samples(folder: Path) -> SampleSet:

@@ -12,7 +12,11 @@ from typing import Any
 from repa_pipeline.report_results import RunFacts, SampleSet, dig
 
 # Settings that only an aligned run has use of, and one that only thins the log.
-_ALIGNMENT = ("align_depth", "align_coeff", "align_resize", "projector_width")
+_ALIGNMENT = (
+    *("align_depth", "align_coeff", "align_schedule", "align_steps", "align_objective"),
+    *("align_temperature", "align_target", "align_resize", "projector", "projector_width"),
+    "features",
+)
 _NOT_COMPARED = (*_ALIGNMENT, "log_every")
 _TRAIN_SEED, _SAMPLE_SEED = "train seed", "sample seed"
 _SEEDS = (_TRAIN_SEED, _SAMPLE_SEED)

@@ -10,7 +10,7 @@ from typing import Any
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.reader import Reader
 from repa_pipeline.engine.run import Progress
-from repa_pipeline.observe import RunLog
+from repa_pipeline.observe import RunLog, open_run_log, read_events
 from repa_pipeline.training.checkpoint import checkpoint_path
 from repa_pipeline.training.checkpointer import Checkpointer
 from repa_pipeline.training.previews import Previews
@@ -53,14 +53,15 @@ class Outputs:
             return
         config, run = self._config, self._run
         note_settings(run, config)
-        log = RunLog(run.folder, from_step=step, every=config.log_every)
+        log = open_run_log(run.folder, config, step)
         self._stack.callback(log.close)
         for fault in faults:
             log.event(step, "checkpoint_refused", reason=fault)
             print(f"going back to step {step:,}: {fault}", file=sys.stderr)
-        previews = Previews(config, run.folder / "previews", log)
+        previews = Previews(config, run.folder, log)
         saver = Checkpointer(run, config, lambda: previews.steps_in_use)
         self._stack.enter_context(saver)
+        previews.catch_up(step, run.checkpoints, read_events(run.folder / "events.jsonl"))
         self._main = log, saver, previews
         self._progress.start(f"train {run.name}", config.steps, step, "steps")
         self._stack.callback(self._progress.finish)
@@ -73,6 +74,8 @@ class Outputs:
             if self._main and error is None:
                 self._main[1].wait()
                 self._main[2].poll(wait=True)
+            elif self._main:
+                self._main[2].stop()
 
     def follow(self, reader: Reader) -> None:
         """From now on `reader` is what is waited for."""
@@ -95,7 +98,7 @@ class Outputs:
             previews.poll()
 
     def save(self, state: TrainState, reader: Mapping[str, int]) -> None:
-        """A checkpoint, and a preview of it where one is due. Every rank must call it.
+        """A checkpoint, and what is due to be made of it. Every rank must call it.
 
         reader: where the order of the data stands.
         """
@@ -105,8 +108,4 @@ class Outputs:
         log, saver, previews = self._main
         log.flush()
         saver.save(state.step, {**changing, "reader": dict(reader), "about": self._about})
-        every = self._config.preview_every
-        if every and state.step % every == 0:
-            saver.wait()
-            path = checkpoint_path(self._run.checkpoints, state.step)
-            previews.start(state.step, path)
+        previews.start(state.step, checkpoint_path(self._run.checkpoints, state.step))

@@ -1,4 +1,4 @@
-"""What a run tells: progress for a person, events for programs, previews on the way."""
+"""What a run tells: progress for a person, a log for programs and services."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa_pipeline.cli import main
-from repa_pipeline.observe import Bar, PlainLines, RunLog, Silent, progress_for_stream, read_events
-from repa_pipeline.stages.train import plan_training, train
-from repa_pipeline.testing.caches import isolated_tables, toy_train_config, write_toy_cache
-from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
-from repa_pipeline.training import previews
-
-PLUGIN = """
-from repa_pipeline.testing.parts import tiny_autoencoder
-
-AUTOENCODERS = [tiny_autoencoder(weights="tiny.safetensors")]
-"""
+from repa_pipeline.errors import MissingError, StageError
+from repa_pipeline.observe import (
+    Bar,
+    JsonLines,
+    PlainLines,
+    RunLog,
+    TensorBoard,
+    open_run_log,
+    progress_for_stream,
+    read_events,
+)
+from repa_pipeline.testing.caches import toy_train_config
 
 
 def test_plain_lines_say_where_it_stands() -> None:
@@ -63,7 +63,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_events_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, from_step=0, every=2, tensorboard=False)
+    log = RunLog([JsonLines(tmp_path, from_step=0, every=2)])
     for step in (2, 4, 5):
         log.scalars(step, {"loss": float(step)})
     log.event(5, "preview", path="x.png")
@@ -74,7 +74,7 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert [e["step"] for e in read_events(tmp_path / "events.jsonl")] == [2, 4, 5, 5, 6]
 
     # Step 5 ended a run inside an interval of 2: its means come again, whole, at step 6.
-    RunLog(tmp_path, from_step=5, every=2, tensorboard=False).close()
+    JsonLines(tmp_path, from_step=5, every=2).close()
     left = [(e["event"], e["step"]) for e in read_events(tmp_path / "events.jsonl")]
     assert left == [("scalars", 2), ("scalars", 4), ("preview", 5)]
     text = (tmp_path / "events.jsonl").read_text()
@@ -83,85 +83,172 @@ def test_events_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
 
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = RunLog(tmp_path, from_step=0)
+    log = RunLog([TensorBoard(tmp_path, from_step=0)])
     log.scalars(1, {"loss": 0.5})
     log.scalars(2, {"loss": 0.25})
+    log.event(1, "evaluation", {"eval/x": 7.0}, path="late")
+    log.scalars(3, {"loss": 0.2})
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "x.png")
     log.image(2, "preview", tmp_path / "x.png")
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")][:2] == [(1, 0.5), (2, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("eval/x")] == [(1, 7.0)]
     assert [e.step for e in events.Images("preview")] == [2]
 
+    # Going on from step 2 takes back step 3, and not what came late about step 1.
+    again = RunLog([TensorBoard(tmp_path, from_step=2)])
+    again.scalars(3, {"loss": 0.125})
+    again.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert found == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    assert [(e.step, e.value) for e in events.Scalars("eval/x")] == [(1, 7.0)]
 
-# Previews.
+
+def test_a_late_result_survives_a_resume(tmp_path: Path) -> None:
+    log = RunLog([JsonLines(tmp_path, from_step=0, every=4)])
+    log.scalars(4, {"loss": 1.0})
+    log.scalars(8, {"loss": 0.5})
+    log.event(3, "evaluation", {"eval/frechet_distance": 7.5}, path="a")  # 3 ends no interval
+    log.scalars(12, {"loss": 0.25})
+    log.event(9, "evaluation", {"eval/frechet_distance": 6.5}, path="b")
+    log.close()
+    # The checkpoint of step 8: what is about later steps will come again.
+    JsonLines(tmp_path, from_step=8, every=4).close()
+    assert read_events(tmp_path / "events.jsonl") == [
+        {"event": "scalars", "step": 4, "loss": 1.0},
+        {"event": "scalars", "step": 8, "loss": 0.5},
+        {"event": "evaluation", "step": 3, "path": "a", "eval/frechet_distance": 7.5},
+    ]
 
 
-class InThisProcess:
-    """Stands for the preview's own process: runs its command line here and now."""
+def test_sinks_are_those_that_are_asked_for(tmp_path: Path) -> None:
+    def names(rank: int = 0, **changes: Any) -> list[str]:
+        config = toy_train_config(tmp_path, **changes)
+        log = open_run_log(tmp_path / "run", config, 0, rank)
+        log.scalars(1, {"loss": 1.0})
+        log.close()
+        return [type(sink).__name__ for sink in log.sinks]
 
-    commands: list[list[str]] = []
+    assert names(rank=1, wandb="project") == []
+    assert not (tmp_path / "run").exists()  # other ranks write nothing at all
+    assert names(tensorboard=False) == ["JsonLines"]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    assert names() == ["JsonLines", "TensorBoard"]
 
-    def __init__(self, command: list[str], **_: Any):
-        self.commands.append(command)
-        try:
-            main(command[3:])
-        except SystemExit as error:
-            self.returncode = error.code
 
-    def poll(self) -> Any:
-        return self.returncode
+# Weights & Biases, by a module that stands for the package and writes down what it is asked.
 
-    def communicate(self) -> tuple[str, str]:
-        return "", "a warning\nrepa: the last line says it\n"
+FAKE_WANDB = """
+import json, pathlib
+CALLS = pathlib.Path(__file__).with_name("calls.jsonl")
+
+def say(what, **facts):
+    with open(CALLS, "a") as file:
+        file.write(json.dumps([what, facts], default=str) + chr(10))
+
+class Settings:
+    def __init__(self, **settings):
+        self.settings = settings
+
+class Image:
+    def __init__(self, path):
+        self.path = path
+    def __str__(self):
+        return "picture " + self.path
+
+class Run:
+    def define_metric(self, name, step_metric):
+        say("define_metric", name=name, step_metric=step_metric)
+    def log(self, values):
+        if values.get("loss") == 13:
+            raise OSError("the network is away")
+        say("log", **values)
+    def finish(self):
+        say("finish")
+
+def init(**given):
+    if given["project"] == "forbidden":
+        raise RuntimeError("no API key configured")
+    say("init", **{**given, "settings": given["settings"].settings})
+    return Run()
+"""
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    write_toy_cache(tmp_path)
-    (tmp_path / "preview_parts.py").write_text(PLUGIN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(previews.subprocess, "Popen", InThisProcess)
-    monkeypatch.setattr(InThisProcess, "commands", [])
-    with isolated_tables():
-        yield tmp_path
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield tmp_path / "site" / "calls.jsonl"
+    sys.modules.pop("wandb", None)
 
 
-def preview_run(workspace: Path) -> list[dict[str, Any]]:
-    config = toy_train_config(
-        workspace,
-        plugins=("preview_parts",),
-        steps=5,
-        preview_every=2,
-        preview_count=3,
-        checkpoint_every=100,
-        keep=1,
-    )
-    folder = train(plan_training(config), Silent()).run.folder
-    return [e for e in read_events(folder / "events.jsonl") if e["event"] != "scalars"]
+def calls(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_previews_show_the_ema_of_their_step(workspace: Path) -> None:
-    write_weights(tiny_autoencoder(weights="tiny.safetensors"))
-    events = preview_run(workspace)
-    assert [(e["event"], e["step"]) for e in events] == [("preview", 2), ("preview", 4)]
-    for event, command in zip(events, InThisProcess.commands, strict=True):
-        assert command[command.index("--device") + 1] == "cpu"
-        name = f"step-{event['step']:08d}"
-        assert command[command.index("--checkpoint") + 1].endswith(f"checkpoints/{name}.pt")
-        with Image.open(event["path"]) as picture:
-            assert picture.size == (68, 3 * 66 + 2)  # three classes, one image of each
-        assert Path(event["path"]).parent.name == name
+def test_wandb_gets_the_numbers_and_one_id_a_run(fake_wandb: Path, tmp_path: Path) -> None:
+    config = toy_train_config(tmp_path, wandb="digits", source="s3://key:secret@bucket/x")
+    folder = tmp_path / "one"
+    for first in (0, 4):
+        log = open_run_log(folder, config, first)
+        log.scalars(first + 2, {"loss": 0.5, "denoising/t0.0-0.1": 0.25})
+        log.event(first + 1, "evaluation", {"eval/x": 7.0}, path="p")
+        log.event(first + 2, "checkpoint_refused", reason="torn")  # no numbers: not for W&B
+        log.image(first + 2, "preview", write_picture(tmp_path))
+        log.close()
+    began, axis, numbers, score, picture, finish, again, *rest = calls(fake_wandb)
+    assert began[0] == "init" and axis == ["define_metric", {"name": "*", "step_metric": "step"}]
+    about = began[1]
+    assert (about["project"], about["name"], about["resume"]) == ("digits", "one", "allow")
+    assert about["dir"] == str(folder) and len(about["id"]) == 16
+    assert about["config"]["batch_size"] == 8 and "source" not in about["config"]
+    assert about["settings"] == {
+        **{"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
+    }
+    assert "secret" not in fake_wandb.read_text()
+    assert numbers == ["log", {"loss": 0.5, "denoising/t0.0-0.1": 0.25, "step": 2}]
+    assert score == ["log", {"eval/x": 7.0, "step": 1}]
+    assert picture == ["log", {"preview": f"picture {tmp_path}/x.png", "step": 2}]
+    assert finish == ["finish", {}] and again == began and len(rest) == 5
+    # Another project knows nothing of that id; the first keeps it.
+    for project in ("other", "digits"):
+        open_run_log(folder, toy_train_config(tmp_path, wandb=project), 0).close()
+    ids = [facts["id"] for what, facts in calls(fake_wandb) if what == "init"]
+    assert ids[0] == ids[1] == ids[3] != ids[2]
 
 
-def test_a_preview_that_fails_is_one_event(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+def test_wandb_that_goes_away_does_not_end_the_run(
+    fake_wandb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events = preview_run(workspace)  # without the decoder's weights
-    assert [(e["event"], e["step"]) for e in events] == [
-        ("preview_skipped", 2),
-        ("preview_skipped", 4),
-    ]
-    assert all(e["reason"] == "repa: the last line says it" for e in events)
-    assert "preview of step 2 skipped: repa: the last line says it" in capsys.readouterr().err
+    config = toy_train_config(tmp_path, wandb="digits", tensorboard=False)
+    log = open_run_log(tmp_path / "one", config, 0)
+    for step, loss in enumerate((12.0, 13.0, 14.0), start=1):
+        log.scalars(step, {"loss": loss})
+    log.close()
+    assert [what for what, _ in calls(fake_wandb)] == ["init", "define_metric", "log"]
+    assert [e["loss"] for e in read_events(tmp_path / "one" / "events.jsonl")] == [12, 13, 14]
+    assert capsys.readouterr().err == (
+        "Weights & Biases failed (the network is away) and gets nothing more; events.jsonl goes "
+        "on\n"
+    )
+    with pytest.raises(StageError, match="project 'forbidden' .no API key configured.: run `wandb"):
+        open_run_log(tmp_path / "one", toy_train_config(tmp_path, wandb="forbidden"), 0)
+
+
+def test_without_the_wandb_package_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(MissingError, match="--wandb needs the wandb package.*pip install wandb"):
+        open_run_log(tmp_path, toy_train_config(tmp_path, wandb="digits"), 0)
+
+
+def write_picture(folder: Path) -> Path:
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "x.png")
+    return folder / "x.png"

@@ -21,7 +21,9 @@ from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.errors import ConfigError, MissingError
 from repa_pipeline.pictures import save_png
 from repa_pipeline.report import write_report
+from repa_pipeline.report_charts import COLOURS, Panel, thinned
 from repa_pipeline.report_results import read_runs
+from repa_pipeline.report_settings import differences
 from repa_pipeline.report_twins import _T, find_twins, ratio_interval
 
 TEACHER = "digits-vit"
@@ -163,7 +165,8 @@ def charts() -> None:
 @pytest.fixture(autouse=True)
 def _quick_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "charts" not in request.fixturenames:
-        monkeypatch.setattr("repa_pipeline.report.draw", lambda panels, name: "<svg></svg>")
+        for module in ("report", "report_training"):
+            monkeypatch.setattr(f"repa_pipeline.{module}.draw", lambda panels, name: "<svg></svg>")
 
 
 def words(page: str) -> str:
@@ -341,7 +344,8 @@ def test_distances_against_steps(tmp_path: pathlib.Path, charts: None) -> None:
             make_samples(run, scale * 1000 / step, step=step)
         make_samples(run, scale, step=200, num_samples=500)
     page = report(tmp_path)
-    assert page.count("<svg") == 2  # training curves, one chart; the 500 samples are in none
+    # Training curves, speed, one chart of distances; the 500 samples are in none.
+    assert page.count("<svg") == 3
     assert "Fréchet distance (digits-cnn) against training steps" in page
     seen = words(page)
     assert "Pairs at earlier steps (2)" in seen
@@ -353,7 +357,7 @@ def test_distances_against_steps(tmp_path: pathlib.Path, charts: None) -> None:
 def test_one_checkpoint_gives_a_table_only(tmp_path: pathlib.Path) -> None:
     make_samples(make_run(tmp_path, "aligned"), 10.0)
     page = report(tmp_path)
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
     assert "No run has two checkpoints scored alike" in page
 
 
@@ -445,8 +449,8 @@ def test_ids_of_charts_do_not_clash(tmp_path: pathlib.Path, charts: None) -> Non
     for step in (100, 200):
         make_samples(run, 10.0, step=step)
     charts = re.findall("<svg.*?</svg>", report(tmp_path), flags=re.S)
-    first, second = (set(re.findall(r'\bid="([^"]*)"', chart)) for chart in charts)
-    assert first and second and not first & second
+    ids = [set(re.findall(r'\bid="([^"]*)"', chart)) for chart in charts]
+    assert len(ids) == 3 and all(ids) and len(set.union(*ids)) == sum(map(len, ids))
 
 
 def test_equal_results_are_equal_bytes(tmp_path: pathlib.Path, charts: None) -> None:
@@ -495,6 +499,166 @@ def test_other_versions_of_the_files_are_read(tmp_path: pathlib.Path) -> None:
     write_json(run / "run.json", {})
     seen = words(report(tmp_path))
     assert "not recorded vanilla not recorded not recorded 200 / unknown" in seen
+
+
+# Watching runs: losses by t, speed, scores on the way, settings that differ.
+
+
+def add_events(run: pathlib.Path, *events: dict[str, Any]) -> None:
+    with open(run / "events.jsonl", "a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, workspace: pathlib.Path) -> dict[str, Panel]:
+    """The panels of the page, by title."""
+    panels: list[Panel] = []
+
+    def keep(shown: Any, name: str) -> str:
+        panels.extend(shown)
+        return "<svg></svg>"
+
+    for module in ("report", "report_training"):
+        monkeypatch.setattr(f"repa_pipeline.{module}.draw", keep)
+    report(workspace)
+    return {panel.title: panel for panel in panels}
+
+
+def lines_of(panel: Panel) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.label: (list(line.x), list(line.y)) for line in panel.lines}
+
+
+def test_losses_by_t_are_those_of_the_last_interval(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, "aligned")
+    make_run(tmp_path, "old")  # logged without buckets
+    add_events(
+        run,
+        {"event": "scalars", "step": 210, "denoising": 1.0, "denoising/t0.0-0.1": 9.0},
+        {
+            **{"event": "scalars", "step": 220, "denoising": 1.0, "denoising/t0.9-1.0": 0.25},
+            **{"denoising/t0.0-0.1": 0.5, "alignment/t0.0-0.1": -0.75, "alignment/vit-a": -0.5},
+            **{"alignment/vit-a/t0.0-0.1": -0.6},
+        },
+        {"event": "scalars", "step": 230, "denoising": 1.5},  # no good step has a bucket here
+    )
+    panels = drawn(monkeypatch, tmp_path)
+    (x, y) = lines_of(panels["Denoising loss by t"])["aligned"]
+    assert (x, y) == ([pytest.approx(0.05), pytest.approx(0.95)], [0.5, 0.25])
+    assert lines_of(panels["Denoising loss by t"]).keys() == {"aligned"}
+    assert lines_of(panels["Alignment by t"]) == {"aligned": ([pytest.approx(0.05)], [0.75])}
+    assert lines_of(panels["Alignment with vit-a"]) == {"aligned": ([220], [0.5])}
+    assert not [title for title in panels if "t0.0" in title]
+    seen = words(report(tmp_path))
+    assert "last denoising" in seen and "last denoising/t" not in seen
+
+
+def test_speed_and_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, "fast", num_events=1)
+    make_run(tmp_path, "plain", teacher=None)
+    pace = {"images_per_s": 400.0, "mfu": 0.25, "data_wait": 0.01, "bytes_per_s": 2e8}
+    memory = {"rss_bytes": 3e9, "peak_device_bytes": 5e10, "skipped_steps": 7.0}
+    add_events(
+        run,
+        {"event": "scalars", "step": 220, **pace, **memory},
+        {"event": "scalars", "step": 240, **pace, **memory, "mfu": 0.75, "rss_bytes": 2e9},
+        {"event": "scalars", "step": 260, **pace, **memory, "bytes_per_s": 3e8, "mfu": 0.5},
+    )
+    page = report(tmp_path)
+    seen = words(page).split("Speed and memory")[1]
+    assert "● fast 400 50.0% 1.00% 200 3 50 7" in seen
+    assert "■ plain" not in seen and "● plain 304.5 peak unknown" in seen
+    panels = drawn(monkeypatch, tmp_path)
+    assert lines_of(panels["Model FLOPs utilisation"]) == {
+        "fast": ([220, 240, 260], [25.0, 75.0, 50.0])
+    }
+    assert lines_of(panels["Read"])["fast"][1] == pytest.approx([200.0, 200.0, 300.0])
+    assert lines_of(panels["Device memory"]) == {"fast": ([220, 240, 260], [50.0, 50.0, 50.0])}
+    assert lines_of(panels["Data wait"])["fast"][1] == pytest.approx([0.0, 1.0, 1.0, 1.0])
+
+
+def score(step: int, distance: float, **changes: Any) -> dict[str, Any]:
+    how = {"num_samples": 100, "network": "digits-cnn", "reference": "the source", "path": "x"}
+    numbers = {"eval/frechet_distance": distance, "eval/recall": distance / 100}
+    return {"event": "evaluation", "step": step, **how, **numbers, **changes}
+
+
+def test_scores_on_the_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, "aligned")
+    other = make_run(tmp_path, "plain", teacher=None)
+    # The second came late, after the scalars of step 200; the third is not comparable.
+    add_events(run, score(100, 20.0), score(50, 40.0), score(200, 5.0, num_samples=999))
+    add_events(
+        other,
+        score(100, 30.0),
+        {"event": "evaluation_skipped", "step": 150, "reason": "too slow"},
+        {"event": "evaluation_skipped", "step": 180, "reason": "no weights"},
+    )
+    seen = words(report(tmp_path))
+    assert "100 samples, network digits-cnn, against the source" in seen
+    assert "999 samples, network digits-cnn" in seen
+    assert "plain: 2 evaluations were skipped; of step 180: no weights" in seen
+    shown: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "repa_pipeline.report_training.draw",
+        lambda panels, name: shown.extend((p.title, lines_of(p)) for p in panels) or "<svg></svg>",
+    )
+    report(tmp_path)
+    scores = [lines for title, lines in shown if title == "Fréchet distance"]
+    assert scores == [
+        {"aligned": ([50, 100], [40.0, 20.0]), "plain": ([100], [30.0])},
+        {"aligned": ([200], [5.0])},
+    ]
+    assert [title for title, _ in shown][-4:] == ["Fréchet distance", "Recall"] * 2
+    # A score after the last interval hides none of its losses.
+    assert read_runs(_config(tmp_path))[0].last().keys() >= {"loss", "denoising", "grad_norm"}
+
+
+def test_settings_that_differ(tmp_path: pathlib.Path) -> None:
+    make_run(tmp_path, "a", settings={"learning_rate": 1e-3, "align_steps": 40})
+    make_run(tmp_path, "b", settings={"learning_rate": 5e-4})
+    make_run(tmp_path, "c", teacher=None, steps=400)
+    runs = read_runs(_config(tmp_path))
+    assert differences(runs) == {
+        "align_steps": ["40", None, None],
+        "data.arrays.features.digits-vit.64": ["22222222", "22222222", None],
+        "learning_rate": ["0.001", "0.0005", "0.001"],
+        "method": ["repa", "repa", "sit"],
+        "steps": ["200", "200", "400"],
+    }
+    seen = words(report(tmp_path))
+    assert "run align_steps data.arrays.features.digits-vit.64 learning_rate method steps" in seen
+    assert "● a 40 22222222 0.001 repa 200" in seen
+    assert "● c not recorded none 0.001 sit 400" in seen
+
+
+def test_equal_runs_do_not_differ(tmp_path: pathlib.Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path, name)
+    assert "The runs do not differ in any setting." in words(report(tmp_path))
+
+
+def test_many_runs_stay_apart(tmp_path: pathlib.Path, charts: None) -> None:
+    names = [f"sit-xs-2.teacher-{i:02d}" for i in range(12)]
+    for i, name in enumerate(names):
+        make_run(tmp_path, name, seed=i)
+    page = report(tmp_path)
+    keys = re.findall(r'<span style="color:(#\w+)">(.)</span> <strong>([^<]*)', page)
+    by_run = {name: (colour, glyph) for colour, glyph, name in keys}
+    assert list(by_run) == names and len(set(by_run.values())) == 12
+    assert by_run[names[0]] == (COLOURS[0], "●") and by_run[names[7]] == (COLOURS[0], "■")
+    assert words(page).count("sit-xs-2.teacher-11") >= 4
+    # What is the same for all is folded away.
+    folds = re.findall(r"<summary>([^<]*)</summary>", page)
+    assert folds[:2] == ["Aligned runs that are not compared (12)", "Runs without samples (12)"]
+
+
+def test_long_curves_are_averaged() -> None:
+    x, y = list(range(1, 1001)), [float(i % 4) for i in range(1000)]
+    thin_x, thin_y = thinned(x, y, limit=300)
+    assert len(thin_x) == 250 and thin_x[:2] == [4, 8] and thin_y == [1.5] * 250
+    assert thinned([1, 2, 3], [4.0, 5.0, 6.0], limit=2) == ([2, 3], [4.5, 6.0])
+    assert thinned(x[:300], y[:300], limit=300) == (x[:300], y[:300])
 
 
 def _config(workspace: pathlib.Path) -> ReportConfig:
