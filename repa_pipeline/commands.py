@@ -131,6 +131,7 @@ def sample(config: SampleConfig) -> None:
     from repa_pipeline.stages.sample import finish_samples, sample_stage
 
     stage = sample_stage(config)
+    config = stage.config
     evaluations = count_model_evaluations(
         config.sampler, config.num_steps, scale=config.cfg, interval=config.interval
     )

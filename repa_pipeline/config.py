@@ -11,6 +11,7 @@ from typing import Any
 
 from repa_pipeline.settings import (
     as_json,
+    check_fraction,
     check_interval,
     check_not_negative,
     check_positive,
@@ -198,16 +199,18 @@ class SampleConfig(ClusterConfig):
     )
     interval: tuple[float, float] = setting(
         (0.0, 1.0),
-        "Guide only while LOW <= t <= HIGH (t = 1 is noise).",
+        "Guide only while LOW <= t <= HIGH (t = 1 is noise; of DiT t is timestep / 1000).",
         decides=True,
         check=check_interval,
     )
     sampler: str = setting(
-        "sde",
-        "SDE Euler-Maruyama, or ODE Euler or Heun.",
+        "auto",
+        "Of SiT: sde (Euler-Maruyama), euler, heun; of DiT: ddpm, ddim. auto: sde or ddpm; ode: "
+        "euler or ddim.",
         decides=True,
-        choices=("sde", "euler", "heun"),
+        choices=("auto", "ode", "sde", "euler", "heun", "ddpm", "ddim"),
     )
+    eta: float = setting(0.0, "Noise of a ddim step: 0 is none, 1 DDPM's.", check=check_fraction)
     num_steps: int = setting(250, "Sampler steps.", decides=True, check=check_positive)
     seed: int = setting(
         0, "Image k depends on (checkpoint, settings, seed, k) alone.", decides=True
@@ -303,7 +306,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
         "sample": {
             "num_images": 1000,
-            "sampler": "euler",
+            "sampler": "ode",
             "num_steps": 12,
             "batch_size": 100,
             "shard_rows": 100,

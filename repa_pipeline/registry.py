@@ -14,6 +14,7 @@ from repa_pipeline.config import CommonConfig
 from repa_pipeline.encoders import ENCODERS, EncoderSpec
 from repa_pipeline.errors import ConfigError
 from repa_pipeline.methods import METHODS, MethodSpec
+from repa_pipeline.methods.parts import OBJECTIVES, PROJECTORS, TARGETS
 from repa_pipeline.metrics.networks import NETWORKS, NetworkSpec
 from repa_pipeline.models import MODELS, ModelSpec
 from repa_pipeline.resolve import convert, type_name
@@ -25,6 +26,9 @@ TABLES: dict[str, Table[Any]] = {
     "models": MODELS,
     "methods": METHODS,
     "networks": NETWORKS,
+    "projectors": PROJECTORS,
+    "targets": TARGETS,
+    "objectives": OBJECTIVES,
 }
 _loaded: set[str] = set()
 T = TypeVar("T", bound=Named)
@@ -32,7 +36,8 @@ T = TypeVar("T", bound=Named)
 
 def load_plugins(names: tuple[str, ...]) -> None:
     """Imports the user's modules and merges their ENCODERS, AUTOENCODERS, MODELS, METHODS,
-    NETWORKS (lists of entries). The current folder is importable. Doing it again is harmless.
+    NETWORKS, PROJECTORS, TARGETS, OBJECTIVES (lists of entries). The current folder is importable.
+    Doing it again is harmless.
 
     Raises ConfigError when a module cannot be imported or an entry's name is taken.
     """

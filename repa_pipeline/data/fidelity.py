@@ -7,9 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-# iREPA (arXiv 2512.10794), spatial normalisation of the target
-_GAMMA = 0.6
-_EPSILON = 1e-6
+from repa_pipeline.diffusion.targets import spatial_normalise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +18,6 @@ class Fidelity:
     mean_cosine: float
     worst_cosine: float
     spatial_error: float
-
-
-def spatial_normalise(tokens: Tensor) -> Tensor:
-    """(z - 0.6 mean_T) / (std_T + 1e-6) of tokens [n, T, D], mean and std over an image's tokens.
-
-    The shape of the target in iREPA (arXiv 2512.10794).
-    """
-    std, mean = torch.std_mean(tokens, 1, correction=0, keepdim=True)
-    return (tokens - _GAMMA * mean) / (std + _EPSILON)
 
 
 @torch.no_grad()

@@ -7,14 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from repa_pipeline.diffusion.interpolant import PATHS, States
-from repa_pipeline.diffusion.samplers import LAST_T, VelocityFn, sample_ode, sample_sde
-from repa_pipeline.errors import UnknownNameError
+from repa_pipeline.diffusion.interpolant import States
+from repa_pipeline.diffusion.samplers import LAST_T
+from repa_pipeline.diffusion.sampling import SAMPLERS, AnswerFn, SamplerOptions
 
-# model(states, t [B], condition [B]) -> velocities of the states
+# model(states, t [B], condition [B]) -> an answer for each state, and what else it has to say
 Model = Callable[[States, Tensor, Tensor], States]
-
-SAMPLERS = ("sde", "euler", "heun")
 
 
 def guided(
@@ -25,26 +23,30 @@ def guided(
     scale: float,
     interval: tuple[float, float],
     dtype: torch.dtype = torch.float32,
-) -> VelocityFn:
-    """A velocity function for the samplers: `u + scale (c - u)` while low <= t <= high, else c.
+) -> AnswerFn:
+    """What the samplers ask: `u + scale (c - u)` while low <= t <= high, else c.
 
-    c and u are the model's answers to `cond` and `null_cond` [B, ...]. The batch is doubled, and
-    the null condition evaluated, only inside the interval and when `scale` is not 1. The model is
-    called with states and times in `dtype`; the samplers' side is float64.
+    c and u are the model's answers to `cond` and `null_cond` [B, ...], guided on all channels.
+    What follows the answer for each state, a learned variance, is the condition's own. The batch
+    is doubled, and the null condition evaluated, only inside the interval and when `scale` is not
+    1. The model is called with states and times in `dtype`; the samplers' side is float64.
     """
     low, high = interval
     both = torch.cat([cond, null_cond])
 
-    def velocity(states: States, t: float, t_guidance: float) -> States:
+    def answer(states: States, t: float, t_guidance: float) -> States:
         guide = scale != 1.0 and low <= t_guidance <= high
         inputs = tuple(torch.cat([state, state]) if guide else state for state in states)
         inputs = tuple(state.to(dtype) for state in inputs)
         t_B = torch.full((len(inputs[0]),), t, dtype=dtype, device=inputs[0].device)
         answers = model(inputs, t_B, both if guide else cond)
-        doubles = tuple(answer.to(torch.float64) for answer in answers)
-        return tuple(_combine(answer, scale) for answer in doubles) if guide else doubles
+        doubles = tuple(part.to(torch.float64) for part in answers)
+        if not guide:
+            return doubles
+        rest = (part.chunk(2)[0] for part in doubles[len(states) :])
+        return (*(_combine(part, scale) for part in doubles[: len(states)]), *rest)
 
-    return velocity
+    return answer
 
 
 def _combine(answer: Tensor, scale: float) -> Tensor:
@@ -62,25 +64,20 @@ def count_model_evaluations(
 ) -> int:
     """Forward passes of the model per sample, a guided evaluation counted as two.
 
-    sampler: "sde", "euler" or "heun". Counted by running the sampler itself on a toy model, so it
-    cannot disagree with it. 250 SDE steps cost 250, guided on [0, 0.7] 422, guided always 500.
+    sampler: one of SAMPLERS. Counted by running the sampler itself on a toy model, so it cannot
+    disagree with it. 250 SDE steps cost 250, guided on [0, 0.7] 422, guided always 500. Raises
+    UnknownNameError for another sampler, ConfigError for steps that it cannot make.
     """
-    if sampler not in SAMPLERS:
-        raise UnknownNameError(f"unknown sampler '{sampler}': known are {', '.join(SAMPLERS)}")
-    count = 0
+    spec, count = SAMPLERS[sampler], 0
+    num_answers = 2 if spec.asks == "predict_noise" else 1
 
     def model(states: States, t_B: Tensor, cond: Tensor) -> States:
         nonlocal count
         count += len(t_B)
-        return states
+        return states * num_answers
 
     one = (torch.zeros(1),)
-    velocity = guided(model, one[0], one[0], scale=scale, interval=interval)
-    path = PATHS["linear"]
-    if sampler == "sde":
-        sample_sde(
-            velocity, one, num_steps=num_steps, path=path, increments=lambda _: one, last_t=last_t
-        )
-    else:
-        sample_ode(velocity, one, num_steps=num_steps, heun=sampler == "heun", path=path)
+    answer = guided(model, one[0], one[0], scale=scale, interval=interval)
+    options = SamplerOptions(num_steps, increments=lambda _: one, last_t=last_t)
+    spec.run(answer, one, options)
     return count

@@ -74,7 +74,10 @@ class Phase:
 
 
 class Method(Protocol):
-    """Built as `Class(config, model_spec, inputs)`; raises RepaError for what cannot work."""
+    """Built as `Class(config, model_spec, inputs)`; raises RepaError for what cannot work.
+
+    A method is also a VelocityMethod or a NoiseMethod: that is what decides how it is sampled.
+    """
 
     def __init__(self, config: TrainConfig, model: ModelSpec, inputs: Inputs): ...
 
@@ -108,11 +111,35 @@ class Method(Protocol):
         """
         ...
 
-    def velocity(self, model: nn.Module, states: States, t: Tensor, cond: Tensor) -> States:
-        """Velocities of the states at times t [B]; heads that sampling does not need stay idle."""
-        ...
-
     @property
     def null_label(self) -> int:
         """The label of the unconditional model."""
         ...
+
+
+class VelocityMethod(Method, Protocol):
+    """A method that the samplers sde, euler and heun fit."""
+
+    def velocity(self, model: nn.Module, states: States, t: Tensor, cond: Tensor) -> States:
+        """Velocities of the states at times t [B]; heads that sampling does not need stay idle."""
+        ...
+
+
+class NoiseMethod(Method, Protocol):
+    """A method that the samplers ddpm and ddim fit."""
+
+    def predict_noise(
+        self, model: nn.Module, states: States, timesteps: Tensor, cond: Tensor
+    ) -> States:
+        """The noise in each state at whole timesteps [B] (0 to 999, any dtype), then the value v
+        of each state's learned variance (diffusion/ddpm.py); idle heads as in `velocity`."""
+        ...
+
+
+# What a sampler may ask a method (diffusion/sampling.py); a method has one of them.
+ANSWERS = ("velocity", "predict_noise")
+
+
+def answers_of(method: Method) -> frozenset[str]:
+    """The names of the functions of ANSWERS that a method has."""
+    return frozenset(name for name in ANSWERS if hasattr(method, name))

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class ModelSpec:
     """One trunk: `loader` names the function that builds it, "module:function".
 
-    `align_depth` is the block after which REPA aligns it by default.
+    `align_depth` is the block after which REPA aligns it by default; `family` decides which
+    methods train it (methods/__init__.py).
 
     The loader is called as `loader(spec, input_size=, in_channels=, num_classes=, qk_norm=)`.
     """
@@ -40,21 +41,32 @@ class ModelSpec:
 
 
 # name, depth, width, heads, block that is aligned (REPA, Table 2 and Appendix D), patch sizes
-_SIT_SIZES: tuple[tuple[str, int, int, int, int, tuple[int, ...]], ...] = (
-    ("SiT-XS", 4, 128, 4, 2, (1, 2)),
-    ("SiT-Ti", 6, 192, 3, 2, (1, 2)),
-    ("SiT-S", 12, 384, 6, 4, (2, 4, 8)),
-    ("SiT-B", 12, 768, 12, 4, (2, 4, 8)),
-    ("SiT-L", 24, 1024, 16, 8, (2, 4, 8)),
-    ("SiT-XL", 28, 1152, 16, 8, (2, 4, 8)),
+_Sizes = tuple[tuple[str, int, int, int, int, tuple[int, ...]], ...]
+_SMALL: _Sizes = (
+    ("XS", 4, 128, 4, 2, (1, 2)),
+    ("Ti", 6, 192, 3, 2, (1, 2)),
 )
+_PUBLISHED: _Sizes = (
+    ("S", 12, 384, 6, 4, (2, 4, 8)),
+    ("B", 12, 768, 12, 4, (2, 4, 8)),
+    ("L", 24, 1024, 16, 8, (2, 4, 8)),
+    ("XL", 28, 1152, 16, 8, (2, 4, 8)),
+)
+
+
+def _entries(prefix: str, sizes: _Sizes, **family: str) -> list[ModelSpec]:
+    return [
+        ModelSpec(f"{prefix}-{size}/{patch}", depth, width, num_heads, patch, align_depth, **family)
+        for size, depth, width, num_heads, align_depth, patches in sizes
+        for patch in patches
+    ]
+
 
 MODELS: Table[ModelSpec] = Table(
     "model",
     [
-        ModelSpec(f"{size}/{patch}", depth, width, num_heads, patch, align_depth)
-        for size, depth, width, num_heads, align_depth, patches in _SIT_SIZES
-        for patch in patches
+        *_entries("SiT", _SMALL + _PUBLISHED),
+        *_entries("DiT", _PUBLISHED, family="dit", loader="repa_pipeline.models.dit:build_dit"),
     ],
 )
 

@@ -1,7 +1,8 @@
 """SiT: the diffusion transformer that predicts velocity (SiT, arXiv 2401.08740; DiT blocks).
 
 Parameter names are those of the reference REPA code, so its checkpoints load after the projectors
-have been split off (models/reference.py). Label dropout, projectors and losses live elsewhere.
+have been split off (models/reference.py). Label dropout, projectors and losses live elsewhere; the
+trunk of models/dit.py is this one with another output.
 
 Shape legend: B batch, C latent channels, H W latent sides, T tokens, D width, N heads,
 K head width.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Self, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from repa_pipeline.errors import ConfigError
 
@@ -28,7 +30,11 @@ MAX_PERIOD = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class SiTConfig:
-    """Everything that decides the shape of a SiT; latents are square, `input_size` per side."""
+    """Everything that decides the shape of a SiT; latents are square, `input_size` per side.
+
+    frequency_shift: 1 spaces the frequencies of t as diffusers' DiT class does, see
+    `timestep_frequencies`.
+    """
 
     input_size: int
     in_channels: int
@@ -39,6 +45,7 @@ class SiTConfig:
     num_classes: int
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    frequency_shift: int = 0
 
     def __post_init__(self) -> None:
         if self.input_size % self.patch_size:
@@ -64,19 +71,43 @@ class SiTConfig:
     def mlp_width(self) -> int:
         return round(self.width * self.mlp_ratio)
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of the answer: a velocity has those of the latents."""
+        return self.in_channels
 
-def build_sit(
-    spec: ModelSpec, *, input_size: int, in_channels: int, num_classes: int, qk_norm: bool = False
-) -> SiT:
-    """The loader of the SiT entries of MODELS."""
-    return SiT(
-        SiTConfig(
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        *,
+        input_size: int,
+        in_channels: int,
+        num_classes: int,
+        qk_norm: bool = False,
+    ) -> Self:
+        """The configuration of an entry of MODELS."""
+        return cls(
             input_size=input_size,
             in_channels=in_channels,
             patch_size=spec.patch_size,
             width=spec.width,
             depth=spec.depth,
             num_heads=spec.num_heads,
+            num_classes=num_classes,
+            qk_norm=qk_norm,
+        )
+
+
+def build_sit(
+    spec: ModelSpec, *, input_size: int, in_channels: int, num_classes: int, qk_norm: bool = False
+) -> SiT:
+    """The loader of the SiT entries of MODELS."""
+    return SiT(
+        SiTConfig.of(
+            spec,
+            input_size=input_size,
+            in_channels=in_channels,
             num_classes=num_classes,
             qk_norm=qk_norm,
         )
@@ -98,11 +129,15 @@ def sincos_pos_embed(width: int, grid_size: int) -> Tensor:
     return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).float()
 
 
-def timestep_frequencies(t: Tensor, width: int = FREQUENCY_WIDTH) -> Tensor:
-    """Cosines and sines of t [B] at geometric frequencies, float32 [B, width]."""
+def timestep_frequencies(t: Tensor, width: int = FREQUENCY_WIDTH, shift: int = 0) -> Tensor:
+    """Cosines and sines of t [B] at geometric frequencies, float32 [B, width].
+
+    Frequency k of the n = width / 2 is 10000^(-k / (n - shift)): shift 0 in the code of DiT, SiT
+    and REPA (so the published weights expect it), 1 in diffusers' DiT class.
+    """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / (half - shift))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -124,16 +159,18 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Times [B] in [0, 1] -> [B, D]."""
+    """Times [B] of any dtype -> [B, D]: of SiT in [0, 1], of DiT whole numbers."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, frequency_shift: int = 0):
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_WIDTH, width), nn.SiLU(), nn.Linear(width, width)
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        embedded: Tensor = self.mlp(timestep_frequencies(t).to(t.dtype))
+        frequencies = timestep_frequencies(t, shift=self.frequency_shift)
+        embedded: Tensor = self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
         return embedded
 
 
@@ -208,12 +245,12 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, T, D] -> pixels of their patches [B, T, patch * patch * C]."""
+    """Tokens [B, T, D] -> pixels of their patches [B, T, patch * patch * out_channels]."""
 
     def __init__(self, config: SiTConfig):
         super().__init__()
         self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(config.width, config.patch_size**2 * config.in_channels)
+        self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
@@ -224,13 +261,18 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """The trunk: velocity of the latents given time and label."""
+    """The trunk: velocity of the latents given time and label.
+
+    With `gradient_checkpointing` the blocks keep only their inputs for the way back and are
+    computed again there: the same gradients, bit for bit, for less memory and a third more work.
+    """
 
     def __init__(self, config: SiTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.x_embedder = PatchEmbed(config)
-        self.t_embedder = TimestepEmbedder(config.width)
+        self.t_embedder = TimestepEmbedder(config.width, config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
         # A parameter, not a buffer, because the reference's checkpoints and EMA hold it as one.
         self.pos_embed = nn.Parameter(
@@ -289,16 +331,26 @@ class SiT(nn.Module):
         condition_BD = self.t_embedder(t) + self.y_embedder(y)
         captured_BTD: Tensor | None = None
         for number, block in enumerate(self.blocks, start=1):
-            tokens_BTD = block(tokens_BTD, condition_BD)
+            tokens_BTD = self._run(block, tokens_BTD, condition_BD)
             if number == capture:
                 captured_BTD = tokens_BTD
         velocity = self._unpatchify(self.final_layer(tokens_BTD, condition_BD))
         return velocity if captured_BTD is None else (velocity, captured_BTD)
 
+    def _run(self, block: nn.Module, tokens_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            tokens: Tensor = block(tokens_BTD, condition_BD)
+            return tokens
+        # Nothing in a block is random, and saving the generators' state would stall the device.
+        again: Tensor = checkpoint(
+            block, tokens_BTD, condition_BD, use_reentrant=False, preserve_rng_state=False
+        )
+        return again
+
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """[B, T, patch * patch * C] -> [B, C, H, W]; channels vary fastest inside a patch."""
         grid, patch = self.config.grid_size, self.config.patch_size
-        patches = patches.view(-1, grid, grid, patch, patch, self.config.in_channels)
+        patches = patches.view(-1, grid, grid, patch, patch, self.config.out_channels)
         # [B, row, column, y, x, C] -> [B, C, row, y, column, x]
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from repa_pipeline.diffusion.interpolant import States
+    from repa_pipeline.diffusion.sampling import SamplerSpec
     from repa_pipeline.methods.base import Method
 
 IMAGES = "images"
@@ -104,6 +105,7 @@ class Sampler:
         self.model = self.method.build()
         self.model.load_state_dict(content["ema" if config.use_ema else "model"])
         self.model.to(self.device).eval().requires_grad_(False)
+        self.sampler = _choose_sampler(config.sampler, self.method, self.about)
         spec = autoencoder_spec(config, manifest["decoder"])
         weights = config.decoder_weights
         self.decoder = load_autoencoder(spec, weights=weights, device=self.device)
@@ -128,27 +130,27 @@ class Sampler:
 
         from repa_pipeline.diffusion.guidance import guided
         from repa_pipeline.diffusion.interpolant import PATHS
-        from repa_pipeline.diffusion.samplers import sample_ode, sample_sde
+        from repa_pipeline.diffusion.sampling import SamplerOptions
 
         config = self.config
         labels = sample_labels(config.labels, config.seed, indices, self.num_classes)
         cond = torch.from_numpy(labels).to(self.device)
         null = torch.full_like(cond, self.method.null_label)
-        velocity = guided(self._velocity, cond, null, scale=config.cfg, interval=config.interval)
+        answer = guided(self._answer, cond, null, scale=config.cfg, interval=config.interval)
         shapes = self.method.state_shapes()
         noise = self._draw(indices, "noise", shapes, torch.float32)[0]
-        path = PATHS[self.about["config"]["path"]]
-        if config.sampler != "sde":
-            heun = config.sampler == "heun"
-            return sample_ode(velocity, noise, num_steps=config.num_steps, heun=heun, path=path)[0]
-        increments = _Increments(self, indices, shapes)
-        return sample_sde(
-            velocity, noise, num_steps=config.num_steps, path=path, increments=increments
-        )[0]
+        options = SamplerOptions(
+            config.num_steps,
+            increments=_Increments(self, indices, shapes),
+            path=PATHS[self.about["config"]["path"]],
+            eta=config.eta,
+        )
+        return self.sampler.run(answer, noise, options)[0]
 
-    def _velocity(self, states: States, t: torch.Tensor, cond: torch.Tensor) -> States:
+    def _answer(self, states: States, t: torch.Tensor, cond: torch.Tensor) -> States:
         with self._autocast:
-            return self.method.velocity(self.model, states, t, cond)
+            answer: States = getattr(self.method, self.sampler.asks)(self.model, states, t, cond)
+            return answer
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         import torch
@@ -198,7 +200,7 @@ class Sampler:
 
 
 class _Increments:
-    """Brownian increments of a batch, drawn step after step from each sample's own generator."""
+    """Normal increments of a batch, drawn step after step from each sample's own generator."""
 
     def __init__(self, sampler: Sampler, indices: list[int], shapes: tuple[tuple[int, ...], ...]):
         self._sampler = sampler
@@ -238,6 +240,7 @@ def sample_stage(config: SampleConfig) -> SampleStage:
     """Settles checkpoint, decoder and output folder; raises for what does not fit together."""
     from repa_pipeline.autoencoders.base import find_autoencoder_weights
     from repa_pipeline.training.checkpoint import file_digest, load_checkpoint
+    from repa_pipeline.training.state import method_of_checkpoint
     from repa_pipeline.weights import file_sha256
 
     path = _find_checkpoint(config)
@@ -253,6 +256,7 @@ def sample_stage(config: SampleConfig) -> SampleStage:
             "another --decoder"
         )
     sample_labels(config.labels, config.seed, [0], about["inputs"]["num_classes"])
+    config = _with_sampler(config, method_of_checkpoint(content), about)
     resolution = about["inputs"]["resolution"]
     manifest = {
         "kind": "samples",
@@ -265,6 +269,7 @@ def sample_stage(config: SampleConfig) -> SampleStage:
         "resolution": resolution,
         "num_images": config.num_images,
         **decisions(config),
+        **({"eta": config.eta} if config.sampler == "ddim" else {}),
         "decoder": spec.name,
         "decoder_sha256": file_sha256(find_autoencoder_weights(spec, config.decoder_weights)),
         "tf32": False,
@@ -274,6 +279,24 @@ def sample_stage(config: SampleConfig) -> SampleStage:
     array = ArraySpec(IMAGES, config.num_images, layout, manifest)
     output = config.output or str(_default_output(path, manifest))
     return SampleStage(config, str(path), output, array)
+
+
+def _with_sampler(config: SampleConfig, method: Method, about: Mapping[str, Any]) -> SampleConfig:
+    """The settings with the sampler's own name; raises ConfigError where it or its steps do not
+    fit the checkpoint."""
+    from repa_pipeline.diffusion.guidance import count_model_evaluations
+
+    name = _choose_sampler(config.sampler, method, about).name
+    count_model_evaluations(name, config.num_steps)
+    return dataclasses.replace(config, sampler=name)
+
+
+def _choose_sampler(name: str, method: Method, about: Mapping[str, Any]) -> SamplerSpec:
+    from repa_pipeline.diffusion.sampling import choose_sampler
+    from repa_pipeline.methods.base import answers_of
+
+    what = f"a checkpoint of {about['model_spec']['name']}"
+    return choose_sampler(name, answers_of(method), what)
 
 
 def finish_samples(stage: SampleStage) -> list[Path]:

@@ -20,7 +20,7 @@ from repa_pipeline.data.reader import Reader
 from repa_pipeline.device import prepare_compute
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import ConfigError, MismatchError, RepaError, StageError
-from repa_pipeline.methods import MethodSpec
+from repa_pipeline.methods import MethodSpec, auto_method, token_needs
 from repa_pipeline.methods.base import Method, Phase
 from repa_pipeline.models import ModelSpec
 from repa_pipeline.registry import method_spec, model_spec
@@ -119,13 +119,14 @@ class TrainResult:
 
 def plan_training(config: TrainConfig) -> TrainPlan:
     """Opens the cache and checks every setting against it; builds nothing yet."""
+    model = model_spec(config, config.model)
     name = config.method
     if name == "auto":
-        name = "sit" if config.encoder in (("none",), ()) else "repa"
+        name = auto_method(model.family, aligned=config.encoder not in (("none",), ()))
     spec = method_spec(config, name)
-    inputs = open_inputs(config, uses_features=spec.uses_features, needs=spec.needs)
+    needs = token_needs(spec, config)
+    inputs = open_inputs(config, uses_features=spec.uses_features, needs=needs)
     _check_preset(config, inputs)
-    model = model_spec(config, config.model)
     teachers = tuple(teacher.describe().name for teacher in inputs.teachers)
     device = rank_device(config.device)
     dtype = config.dtype

@@ -43,7 +43,7 @@ def runs_folder(config: CommonConfig) -> Path:
 def default_name(config: TrainConfig, teachers: tuple[str, ...], method: str) -> str:
     """The name of a run that was given none: model, then teachers or the method's name."""
     model = config.model.lower().replace("/", "-")
-    what = "+".join(teachers) if teachers else ("vanilla" if method == "sit" else method)
+    what = "+".join(teachers) if teachers else ("vanilla" if method in ("sit", "dit") else method)
     return f"{model}.{what}" + (f".seed{config.seed}" if config.seed else "")
 
 

@@ -108,7 +108,7 @@ def test_unknown_names_are_answered_with_the_known() -> None:
         draw_t("normal", "linear", torch.rand(2))
     with pytest.raises(UnknownNameError, match="cosine, linear"):
         draw_t("uniform", "linaer", torch.rand(2))
-    with pytest.raises(UnknownNameError, match="sde, euler, heun"):
+    with pytest.raises(UnknownNameError, match="ddim, ddpm, euler, heun, sde"):
         count_model_evaluations("dpm", 10)
 
 

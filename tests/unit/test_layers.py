@@ -20,6 +20,7 @@ LEVELS = {
     "config_train": 2,
     "config_care": 2,
     "config_exchange": 2,
+    "config_train": 2,
     "command_table": 3,
     "resolve": 4,
     "device": 2,

@@ -39,6 +39,7 @@ from torch import nn
 from repa_pipeline.diffusion.interpolant import PATHS, interpolate
 from repa_pipeline.diffusion.losses import denoising_loss
 from repa_pipeline.methods import MethodSpec
+from repa_pipeline.methods.base import Phase
 from repa_pipeline.testing.parts import tiny_autoencoder
 
 
@@ -66,6 +67,9 @@ class Joint:
 
     def states(self, batch):
         return batch.latents, batch.features[0].mean(dim=1)
+
+    def phases(self):
+        return (Phase(uses_features=True),)
 
     def loss(self, model, ema, batch, t, noise):
         x_t, target = interpolate(self.path, self.states(batch), noise, t)

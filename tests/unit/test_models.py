@@ -70,11 +70,21 @@ def test_parameter_counts_are_the_published_ones(name: str, millions: int) -> No
 
 
 def test_the_table_holds_every_size_and_patch() -> None:
-    published = {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
+    published = {
+        f"{family}-{size}/{patch}"
+        for family in ("SiT", "DiT")
+        for size in ("S", "B", "L", "XL")
+        for patch in (2, 4, 8)
+    }
     small = {f"SiT-{size}/{patch}" for size in ("XS", "Ti") for patch in (1, 2)}
     assert set(MODELS) == published | small
     assert all(spec.width % spec.num_heads == 0 for spec in MODELS.values())
     assert MODELS["SiT-XS/2"].grid(32) == (16, 16)
+    for size in ("S", "B", "L", "XL"):
+        sit, dit = MODELS[f"SiT-{size}/4"], MODELS[f"DiT-{size}/4"]
+        assert (sit.family, dit.family) == ("sit", "dit")
+        same = ("depth", "width", "num_heads", "patch_size", "align_depth")
+        assert all(getattr(sit, name) == getattr(dit, name) for name in same)
 
 
 def test_the_table_imports_without_torch() -> None:

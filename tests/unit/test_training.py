@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.reader import Reader
+from repa_pipeline.diffusion.targets import pool_tokens
 from repa_pipeline.errors import ConfigError
-from repa_pipeline.methods.repa import pool_tokens
 from repa_pipeline.observe import Silent, read_events
 from repa_pipeline.stages.train import TrainPlan, TrainResult, plan_training, train
 from repa_pipeline.testing.caches import (
