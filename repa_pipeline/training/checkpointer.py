@@ -127,6 +127,15 @@ class Checkpointer:
         if lacking is not None:
             raise StageError(lacking)
 
+    def wait_for_mirror(self) -> None:
+        """Until the last checkpoint was brought to the mirror, or failed to be: `check` tells.
+
+        Raises StageError when it could not be written to the disk.
+        """
+        self._writer.join()
+        if self._sender is not None:
+            self._sender.join()
+
     def _write(self, step: int, content: Mapping[str, Any]) -> None:
         save_checkpoint(self._run.checkpoints, step, content)
         config, folder = self._config, self._run.checkpoints
@@ -196,6 +205,10 @@ class _Sender:
         """Raises an error that is no fault of the store's."""
         if not self._background.is_running:
             self._background.join()
+
+    def join(self) -> None:
+        """Waits until nothing is on its way."""
+        self._background.join()
 
     def take_faults(self) -> list[tuple[int, str]]:
         """(step, reason) of what failed since the last call."""

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from repa_pipeline.config_train import TrainConfig
-from repa_pipeline.data.array import first_difference
 from repa_pipeline.data.fsstore import refuse_credentials
 from repa_pipeline.data.objects import LocalStore, ObjectStore, get_json, json_bytes, open_store
 from repa_pipeline.errors import (
@@ -43,7 +42,7 @@ from repa_pipeline.training.checkpoint import (
     load_checkpoint,
     read_marker,
 )
-from repa_pipeline.training.runs import Run
+from repa_pipeline.training.runs import Run, decided_difference
 
 # A piece is one PUT and lies in memory while it is sent, THREADS at a time.
 PART_BYTES = 256 * 2**20
@@ -73,7 +72,7 @@ class Mirror:
         except MissingError:
             return
         here = self.run.record()
-        difference = first_difference(there.get("decided"), here.get("decided"))
+        difference = decided_difference(there.get("decided"), here.get("decided"))
         if difference:
             name, got, expected = difference
             raise MismatchError(

@@ -129,7 +129,7 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
             f"run '{name}' was imported from {standing[IMPORTED]}, which does not hold what an "
             "exact continuation needs: sample from it, and train under another name"
         )
-    difference = first_difference(_with_defaults(standing.get("decided", {})), wanted)
+    difference = decided_difference(standing.get("decided", {}), wanted)
     if difference:
         key, there, here = difference
         raise MismatchError(
@@ -139,25 +139,29 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
     return run
 
 
-def _with_defaults(decided: dict[str, Any]) -> dict[str, Any]:
-    """A standing record with the settings that did not exist when it was written.
+def decided_difference(there: Any, here: Any) -> tuple[str, Any, Any] | None:
+    """The first difference of what decides two runs: (dotted name, there, here), or None.
 
-    They count as their defaults, which are what the run was made with.
+    A setting that one of them does not have, as it was begun before there was one, counts as its
+    default, which is what the run was made with.
     """
-    filled = dict(decided)
     for part, cls in (("settings", TrainConfig), ("model", ModelSpec)):
-        if isinstance(decided.get(part), dict):
-            filled[part] = {**_defaults(cls), **decided[part]}
-    return filled
+        ours, theirs = _part(here, part), _part(there, part)
+        defaults = {k: v for k, v in _defaults(cls).items() if k in {*ours, *theirs}}
+        if ours and theirs:
+            here = {**here, part: {**defaults, **ours}}
+            there = {**there, part: {**defaults, **theirs}}
+    return first_difference(there, here)
+
+
+def _part(decided: Any, name: str) -> dict[str, Any]:
+    found = decided.get(name) if isinstance(decided, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _defaults(cls: type[Any]) -> dict[str, Any]:
-    """Field -> default as JSON, of the fields that decide bytes (of a table entry: all)."""
-    fields = [
-        field
-        for field in dataclasses.fields(cls)
-        if field.default is not dataclasses.MISSING and field.metadata.get("decides", True)
-    ]
+    """Field -> default as JSON."""
+    fields = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
     found: dict[str, Any] = json.loads(json.dumps({field.name: field.default for field in fields}))
     return found
 
