@@ -59,7 +59,7 @@ class Mirror:
 
     run: Run
     store: ObjectStore
-    part_bytes: int = PART_BYTES
+    part_bytes: int
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints there, ascending."""
@@ -231,7 +231,7 @@ def mirror_of(run: Run, config: TrainConfig) -> Mirror | None:
             f"--checkpoints {url} is where the runs are: give another folder or a URL, or leave it "
             "out"
         )
-    return Mirror(run, store)
+    return Mirror(run, store, PART_BYTES)
 
 
 def load_newest(
