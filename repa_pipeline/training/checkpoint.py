@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,24 @@ def save_checkpoint(folder: Path, step: int, content: Mapping[str, Any]) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     for orphan in folder.glob("step-*.pt.tmp"):  # of a run killed while writing; one writer a run
         orphan.unlink(missing_ok=True)
+    hashing: Any = None
     try:
         with open(temporary, "wb") as file:
-            hashing: Any = _HashingFile(file)
+            hashing = _HashingFile(file)
             torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, hashing)
             file.flush()
             os.fsync(file.fileno())
+        # Without the marker of an earlier file of this step, a kill between the two leaves none.
+        final.with_suffix(".json").unlink(missing_ok=True)
         os.replace(temporary, final)
         marker = {"sha256": hashing.sha256.hexdigest(), "num_bytes": final.stat().st_size}
         LocalStore(str(folder)).put(final.with_suffix(".json").name, json_bytes(marker))
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        # torch tells that its file is short, the file itself knows why.
+        reason = (hashing and hashing.error) or error
         raise StageError(
-            f"cannot write checkpoint {final}: {error}; free some space and run the same command "
+            f"cannot write checkpoint {final}: {reason}; free some space and run the same command "
             "again, it goes on from the last complete checkpoint"
         ) from error
     return final
@@ -70,9 +75,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
     """
     if not path.is_file():
         raise MissingError(f"no checkpoint {path}: check --run or --checkpoint")
-    marker_path = path.with_suffix(".json")
-    if marker_path.is_file():
-        _check_marker(path, get_json(LocalStore(str(path.parent)), marker_path.name))
+    check_file(path)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         version = dict(content)["format_version"]
@@ -110,13 +113,27 @@ def load_newest(folder: Path, device: str) -> tuple[dict[str, Any] | None, list[
     return None, []
 
 
-def prune(folder: Path, keep: int, protect: set[int]) -> None:
-    """Removes all but the newest `keep` checkpoints and the protected ones."""
-    for step in complete_steps(folder)[:-keep]:
-        if step not in protect:
-            path = checkpoint_path(folder, step)
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+def kept_steps(steps: Iterable[int], keep: int, keep_every: int = 0) -> set[int]:
+    """Those of `steps` that stay: the newest `keep`, and multiples of `keep_every` (0: none)."""
+    ascending = sorted(steps)
+    multiples = (step for step in ascending if keep_every and step % keep_every == 0)
+    return {*ascending[-keep:], *multiples}
+
+
+def prune(
+    folder: Path, keep: int, protect: set[int], keep_every: int = 0, newest: int | None = None
+) -> None:
+    """Removes the checkpoints that neither `kept_steps` nor `protect` holds.
+
+    Those after `newest` go too and do not count: a run that went back to an older checkpoint has
+    found them damaged.
+    """
+    steps = complete_steps(folder)
+    sound = [step for step in steps if newest is None or step <= newest]
+    for step in sorted(set(steps) - kept_steps(sound, keep, keep_every) - protect):
+        path = checkpoint_path(folder, step)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:
@@ -125,7 +142,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_marker(path: Path, marker: Mapping[str, Any]) -> None:
+def read_marker(path: Path) -> dict[str, Any]:
+    """What the marker of a checkpoint file says; raises MissingError without one."""
+    return get_json(LocalStore(str(path.parent)), path.with_suffix(".json").name)
+
+
+def check_file(path: Path) -> None:
+    """Raises DamagedError unless the file is what its marker says; one without a marker passes."""
+    if not path.with_suffix(".json").is_file():
+        return
+    marker = read_marker(path)
     size, expected = path.stat().st_size, marker.get("num_bytes")
     if size != expected:
         raise DamagedError(
@@ -142,11 +168,16 @@ class _HashingFile:
 
     def __init__(self, file: Any):
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
         self._file = file
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        written: int = self._file.write(data)
+        try:
+            written: int = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         return written
 
     def flush(self) -> None:

@@ -22,8 +22,11 @@ from repa_pipeline.data.array import first_difference
 from repa_pipeline.data.fsstore import refuse_credentials
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError, StageError
+from repa_pipeline.models import ModelSpec
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
 
+# The key of a record whose run was not trained here.
+IMPORTED = "imported"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -35,7 +38,7 @@ def runs_folder(config: CommonConfig) -> Path:
         refuse_credentials(config.workspace)
         raise ConfigError(
             f"runs are written to a local folder, the workspace is {config.workspace}: give "
-            "--runs-dir FOLDER"
+            "--runs-dir FOLDER (checkpoints are kept in the workspace too)"
         )
     return Path(config.workspace) / "runs"
 
@@ -120,7 +123,13 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
         return run
     if not config.resume:
         raise ConfigError(f"run '{name}' exists and --no-resume was given: choose another name")
-    difference = first_difference(run.record().get("decided", {}), wanted)
+    standing = run.record()
+    if IMPORTED in standing:
+        raise ConfigError(
+            f"run '{name}' was imported from {standing[IMPORTED]}, which does not hold what an "
+            "exact continuation needs: sample from it, and train under another name"
+        )
+    difference = decided_difference(standing.get("decided", {}), wanted)
     if difference:
         key, there, here = difference
         raise MismatchError(
@@ -128,6 +137,33 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
             "now; set it back or choose another name"
         )
     return run
+
+
+def decided_difference(there: Any, here: Any) -> tuple[str, Any, Any] | None:
+    """The first difference of what decides two runs: (dotted name, there, here), or None.
+
+    A setting that one of them does not have, as it was begun before there was one, counts as its
+    default, which is what the run was made with.
+    """
+    for part, cls in (("settings", TrainConfig), ("model", ModelSpec)):
+        ours, theirs = _part(here, part), _part(there, part)
+        defaults = {k: v for k, v in _defaults(cls).items() if k in {*ours, *theirs}}
+        if ours and theirs:
+            here = {**here, part: {**defaults, **ours}}
+            there = {**there, part: {**defaults, **theirs}}
+    return first_difference(there, here)
+
+
+def _part(decided: Any, name: str) -> dict[str, Any]:
+    found = decided.get(name) if isinstance(decided, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    """Field -> default as JSON."""
+    fields = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+    found: dict[str, Any] = json.loads(json.dumps({field.name: field.default for field in fields}))
+    return found
 
 
 def note_settings(run: Run, config: TrainConfig) -> None:

@@ -289,6 +289,30 @@ def test_a_run_of_other_settings_is_refused(
         open_run(train_config(tmp_path, **settings), "r", decided)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path: Path) -> None:
+    spec = {"name": "SiT-B/2", "depth": 12, "family": "sit"}
+    run = open_run(train_config(tmp_path), "r", {"model": spec})
+    record = run.record()
+    for setting in ("align_schedule", "ema_extra", "max_grad_norm"):
+        del record["decided"]["settings"][setting]
+    del record["decided"]["model"]["family"]
+    (run.folder / "run.json").write_text(json.dumps(record))
+    assert open_run(train_config(tmp_path), "r", {"model": spec}) == run
+    for changes, message in (
+        ({"align_schedule": "linear"}, "align_schedule is 'constant' there, 'linear' now"),
+        ({"ema_extra": (0.5,)}, r"ema_extra is \[\] there, \[0.5\] now"),
+        ({"max_grad_norm": 3.0}, "max_grad_norm is 10000.0 there, 3.0 now"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            open_run(train_config(tmp_path, **changes), "r", {"model": spec})
+    with pytest.raises(MismatchError, match="model.family is 'sit' there, 'dit' now"):
+        open_run(train_config(tmp_path), "r", {"model": {**spec, "family": "dit"}})
+    del record["decided"]["model"]["depth"]  # has no default, so nobody knows what it was
+    (run.folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match="model.depth is None there, 12 now"):
+        open_run(train_config(tmp_path), "r", {"model": spec})
+
+
 def test_names_and_no_resume(tmp_path: Path) -> None:
     for name in ("", "a/b", "../a", ".hidden", "a b"):
         with pytest.raises(ConfigError, match="expected letters, digits"):
