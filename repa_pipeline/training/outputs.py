@@ -59,7 +59,7 @@ class Outputs:
             log.event(step, "checkpoint_refused", reason=fault)
             print(f"going back to step {step:,}: {fault}", file=sys.stderr)
         previews = Previews(config, run.folder, log)
-        saver = Checkpointer(run, config, lambda: previews.steps_in_use)
+        saver = Checkpointer(run, config, lambda: previews.steps_in_use, log)
         self._stack.enter_context(saver)
         previews.catch_up(step, run.checkpoints, read_events(run.folder / "events.jsonl"))
         self._main = log, saver, previews
@@ -93,8 +93,9 @@ class Outputs:
         rates = self._speed.read(num_images, self._reader.wait_s, self._reader.num_bytes)
         self._logged_step, self.means = step, {**means, **rates}
         if self._main:
-            log, _, previews = self._main
+            log, saver, previews = self._main
             log.scalars(step, self.means)
+            saver.check()
             previews.poll()
 
     def save(self, state: TrainState, reader: Mapping[str, int]) -> None:
