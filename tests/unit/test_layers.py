@@ -17,7 +17,6 @@ LEVELS = {
     "settings": 1,
     "config": 1,
     "config_plan": 2,
-    "config_train": 2,
     "config_care": 2,
     "config_exchange": 2,
     "config_train": 2,

@@ -350,7 +350,8 @@ def test_two_teachers_weigh_the_same(tmp_path: Path) -> None:
         for head, wanted in zip(heads, batch.features, strict=True)
     ]
     torch.testing.assert_close(both["alignment"].mean(), (each[0] + each[1]) / 2)
-    torch.testing.assert_close(both["loss"], both["denoising"] + 0.5 * both["alignment"])
+    expected = both["denoising"].mean() + 0.5 * both["alignment"].mean()
+    torch.testing.assert_close(both["loss"], expected)
     assert run(plan.config).step == 3
 
 
