@@ -143,7 +143,7 @@ def test_features_are_row_aligned(source: Path, parts: None) -> None:
     )
     index = build(settings)
     (product,) = features_products(settings, index)
-    run(product, index=index)
+    assert list(run(product, index=index).seconds) == ["read", "decode", "encode", "write"]
     features = read_array(settings, "features.tiny-teacher.16")
     assert features.shape == (40, 4, 16)
     teacher = load_encoder("tiny-teacher", resolution=16)
