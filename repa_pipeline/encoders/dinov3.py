@@ -2,7 +2,8 @@
 
 Tokens: `x_norm_patchtokens` of the authors' forward_features. The query and value biases of the
 published files are all zero, so the network has none unless a file's are not. The rotary periods
-are the file's own where it has them (Meta's: rounded to bf16), else float32 as in timm.
+are the file's own where it has them (Meta's: rounded to bf16), else float32 as in timm and in
+transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from repa_pipeline.encoders import EncoderSpec
-from repa_pipeline.encoders.names import State, rename, without
+from repa_pipeline.encoders.names import State, from_hf_dinov3, rename, without
 from repa_pipeline.encoders.timm_vit import VitTokens, build_vit
 from repa_pipeline.errors import MismatchError
 from repa_pipeline.weights import fit_state, load_state
@@ -29,13 +30,13 @@ QKV_BIAS, BIAS_MASK = ".attn.qkv.bias", ".attn.qkv.bias_mask"
 
 
 def load(spec: EncoderSpec, resolution: int, path: Path) -> VitTokens:
-    """DINOv3 with the weights in `path`, in timm's names or in Meta's.
+    """DINOv3 with the weights in `path`, in timm's names, Meta's or transformers'.
 
     Raises DamagedError and MismatchError.
     """
     what = f"encoder '{spec.name}'"
     published = load_state(path)
-    state = without_zero_biases(from_meta(published))
+    state = without_zero_biases(from_published(published))
     has_bias = any(key.endswith(".q_bias") for key in state)
     vit = build_vit({**spec.config, "qkv_bias": has_bias}, spec.input_size(resolution))
     fit_state(vit, state, path, what)
@@ -51,9 +52,10 @@ def build(spec: EncoderSpec, resolution: int, device: str) -> VitTokens:
     return VitTokens(build_vit(config, spec.input_size(resolution), device), spec.class_token)
 
 
-def from_meta(state: Mapping[str, Tensor]) -> State:
-    """Meta's published parameter names as timm's; timm's own pass unchanged."""
-    renamed = rename(without(state, (PERIODS, "mask_token", "local_cls_norm.")), META_RENAMES)
+def from_published(state: Mapping[str, Tensor]) -> State:
+    """Published parameter names as timm's; timm's own pass unchanged."""
+    kept = without(from_hf_dinov3(state), (PERIODS, "mask_token", "local_cls_norm."))
+    renamed = rename(kept, META_RENAMES)
     for key in [key for key in renamed if key.endswith(QKV_BIAS)]:
         bias = renamed.pop(key)
         mask = renamed.pop(key.replace(QKV_BIAS, BIAS_MASK), None)

@@ -11,9 +11,11 @@ from torch import Tensor
 State = dict[str, Tensor]
 Renames = tuple[tuple[str, str], ...]
 
-# Hugging Face transformers: its ViT family (I-JEPA, DINO, MAE) and its CLIP and SigLIP towers.
+# Hugging Face transformers: its ViT family (I-JEPA, DINO, MAE, DINOv2), its CLIP and SigLIP towers,
+# and its DINOv3.
 HF_VIT: Renames = (
     (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "register_tokens"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^encoder\.layer\.", "blocks."),
@@ -23,6 +25,9 @@ HF_VIT: Renames = (
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"^layernorm\.", "norm."),
 )
 HF_TOWER: Renames = (
@@ -37,6 +42,20 @@ HF_TOWER: Renames = (
     (r"\.self_attn\.q_proj\.", ".attn.query."),
     (r"\.self_attn\.k_proj\.", ".attn.key."),
     (r"\.self_attn\.v_proj\.", ".attn.value."),
+)
+HF_DINOV3: Renames = (
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^(model\.)?layer\.", "blocks."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.([qv])_proj\.bias$", r".attn.\1_bias"),
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
 )
 HF_TOWER_PREFIX = "vision_model."
 
@@ -80,7 +99,7 @@ def join_qkv(state: Mapping[str, Tensor]) -> State:
 
 def from_hf_vit(state: Mapping[str, Tensor]) -> State:
     """transformers' names of its ViT family as timm's; other names unchanged."""
-    state = under(state, "vit.", "ijepa.")
+    state = under(state, "vit.", "ijepa.", "dinov2.", "dinov2_with_registers.")
     if "embeddings.position_embeddings" not in state:
         return state
     kept = without(state, ("pooler.", "decoder.", "classifier.", "embeddings.mask_token"))
@@ -93,6 +112,13 @@ def from_hf_tower(state: Mapping[str, Tensor]) -> State:
         return dict(state)
     tower = without(under(state, HF_TOWER_PREFIX), ("head.", "embeddings.position_ids"))
     return with_batch_axis(join_qkv(rename(tower, HF_TOWER)))
+
+
+def from_hf_dinov3(state: Mapping[str, Tensor]) -> State:
+    """transformers' names of DINOv3 as timm's; other names unchanged."""
+    if "embeddings.register_tokens" not in state:
+        return dict(state)
+    return join_qkv(rename(without(state, ("embeddings.mask_token",)), HF_DINOV3))
 
 
 def with_batch_axis(state: State) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Records = npt.NDArray[np.generic]
 _CRC_BYTES = 4
 _READERS = 8
+
+_log = logging.getLogger(__name__)
 
 
 def spread_rows(num_rows: int, count: int, seed: int) -> list[int]:
@@ -96,11 +99,19 @@ def image_config(
 ) -> EncodeConfig:
     """How the images of an array were read and prepared, for `load_images`.
 
-    The index knows its source; a --source of one's own (moved images) comes first.
+    The index knows its source; a --source of one's own (moved images) comes first, and is said,
+    as it may stand in repa.toml for another workspace.
     """
-    prepare = manifest["prepare"]
+    prepare, indexed = manifest["prepare"], index.manifest["source"]
+    source = indexed if config.source == EMBEDDED else config.source
+    if source != indexed:
+        _log.warning(
+            "images are read from %s, the index was made of %s (--source says where they lie)",
+            source,
+            indexed,
+        )
     return EncodeConfig(
-        source=index.manifest["source"] if config.source == EMBEDDED else config.source,
+        source=source,
         workspace=config.workspace,
         resolution=manifest["resolution"],
         exif=prepare["exif"],

@@ -79,19 +79,19 @@ def check_features(config: FeaturesConfig) -> dict[str, tuple[EncoderSpec, str]]
             f"--weights names one file for {len(config.encoder)} encoders: cache them one by one, "
             'or set [encoders.NAME] weights = "..." in repa.toml'
         )
-    if len(set(config.encoder)) < len(config.encoder):
+    specs = [encoder_spec(config, name) for name in config.encoder]
+    if len({spec.name for spec in specs}) < len(specs):  # an alias names the same teacher
         raise ConfigError(f"--encoder names one twice: {', '.join(config.encoder)}")
-    return {name: _check(config, name) for name in config.encoder}
+    return {spec.name: (spec, _check(config, spec)) for spec in specs}
 
 
-def _check(config: FeaturesConfig, name: str) -> tuple[EncoderSpec, str]:
+def _check(config: FeaturesConfig, spec: EncoderSpec) -> str:
     from repa_pipeline.encoders.base import find_encoder_weights
 
-    spec = encoder_spec(config, name)
     spec.stored_tokens(config.resolution, config.tokens)
     if config.codec != "auto":
         CODECS[config.codec].check(spec.width)
-    return spec, file_sha256(find_encoder_weights(spec, config.weights))
+    return file_sha256(find_encoder_weights(spec, config.weights))
 
 
 def features_products(config: FeaturesConfig, index: Index) -> list[Features]:

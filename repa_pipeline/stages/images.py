@@ -157,7 +157,7 @@ class ImageWork:
                 }
                 if parts:
                     coded += self._encode(encode, loaded.images, mirrored, parts)
-        coded[0].seconds.update(loaded.seconds)
+        coded[0].seconds = {**loaded.seconds, **coded[0].seconds}  # told in the order they came
         return coded
 
     def store(self, shard: Shard, computed: list[_Coded]) -> Commits:

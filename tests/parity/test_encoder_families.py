@@ -359,6 +359,49 @@ def hf_mae(state: State) -> Published:
     return {**_prefixed(hf_vit(state), "vit."), **decoder}
 
 
+def hf_dinov2(state: State) -> Published:
+    names = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+    renames = {
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "attn.proj": "attention.output.dense",
+        "blocks.": "encoder.layer.",
+    }
+    named = _renamed(_split_qkv(dict(meta_dinov2(state)), names), renames)
+    named = {re.sub(r"^norm\.", "layernorm.", key): value for key, value in named.items()}
+    named = {
+        re.sub(r"\.ls([12])\.gamma", r".layer_scale\1.lambda1", k): v for k, v in named.items()
+    }
+    tokens = {"pos_embed": "position_embeddings"}
+    tokens |= {name: name for name in ("cls_token", "mask_token", "register_tokens")}
+    return {f"embeddings.{tokens[k]}" if k in tokens else k: v for k, v in named.items()}
+
+
+def hf_dinov3(state: State) -> Published:
+    named = _split_qkv(state, ("attention.q_proj", "attention.k_proj", "attention.v_proj"))
+    renames = {
+        "patch_embed.proj": "embeddings.patch_embeddings",
+        "cls_token": "embeddings.cls_token",
+        "reg_token": "embeddings.register_tokens",
+        "attn.q_bias": "attention.q_proj.bias",
+        "attn.v_bias": "attention.v_proj.bias",
+        "attn.proj": "attention.o_proj",
+        "mlp.fc1": "mlp.up_proj",
+        "mlp.fc2": "mlp.down_proj",
+        "gamma_1": "layer_scale1.lambda1",
+        "gamma_2": "layer_scale2.lambda1",
+        "blocks.": "layer.",
+    }
+    return {**_renamed(named, renames), "embeddings.mask_token": torch.zeros(1, 1, WIDTH)}
+
+
+def hf_dinov3_zero_biases(state: State) -> Published:
+    return hf_dinov3(dict(timm_dinov3_qkvb(state)))
+
+
+def hf_dinov3_of_version_5(state: State) -> Published:
+    return {re.sub(r"^layer\.", "model.layer.", k): v for k, v in hf_dinov3(state).items()}
+
+
 def meta_dinov3(state: State) -> Published:
     named = _renamed(state, {"reg_token": "storage_tokens", "gamma_": "ls"})
     named = {re.sub(r"(\.ls[12])$", r"\1.gamma", key): value for key, value in named.items()}
@@ -382,6 +425,8 @@ def open_clip_siglip(state: State) -> Published:
 NAMINGS: list[tuple[str, Callable[[State], Published]]] = [
     ("dinov2-b", meta_dinov2),
     ("dinov2-b-reg", meta_dinov2),
+    ("dinov2-b", hf_dinov2),
+    ("dinov2-b-reg", hf_dinov2),
     ("dinov1-b", dino_checkpoint),
     ("dinov1-b", hf_vit),
     ("mocov3-b", moco_checkpoint),
@@ -395,6 +440,9 @@ NAMINGS: list[tuple[str, Callable[[State], Published]]] = [
     ("ijepa-h", hf_vit),
     ("dinov3-s", meta_dinov3),
     ("dinov3-s", timm_dinov3_qkvb),
+    ("dinov3-s", hf_dinov3),
+    ("dinov3-s", hf_dinov3_zero_biases),
+    ("dinov3-s", hf_dinov3_of_version_5),
     ("siglip2-b", hf_tower),
     ("siglip2-b", open_clip_siglip),
     ("siglip2-so400m", hf_tower),
@@ -491,6 +539,7 @@ def test_dinov3_biases_that_are_not_zero(tmp_path: pathlib.Path) -> None:
             0, torch.tensor(1), 0
         ).flatten()  # fmt: skip
     assert torch.equal(load("dinov3-s", tmp_path / "meta", meta).tokens(images()), tokens)
+    assert torch.equal(load("dinov3-s", tmp_path / "hf", hf_dinov3(state)).tokens(images()), tokens)
 
 
 def test_dinov3_takes_the_periods_of_its_file(tmp_path: pathlib.Path) -> None:

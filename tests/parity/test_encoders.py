@@ -30,6 +30,16 @@ def _random_state(architecture: str, **settings: int) -> dict[str, Tensor]:
     return {key: value + 0.05 * torch.randn_like(value) for key, value in vit.state_dict().items()}
 
 
+def _to_hf_naming(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names of what differs from timm's; its position names the naming."""
+    named = {}
+    for key, value in state.items():
+        key = key.replace("mlp.fc1", "mlp.weights_in").replace("mlp.fc2", "mlp.weights_out")
+        key = key.replace("pos_embed", "embeddings.position_embeddings")
+        named[key.replace("cls_token", "embeddings.cls_token")] = value
+    return named
+
+
 def _to_meta_naming(state: dict[str, Tensor]) -> dict[str, Tensor]:
     swiglu = any(key.endswith("mlp.fc1.weight") for key in state)
     named = {"mask_token": torch.zeros(1, state["cls_token"].shape[-1])}
@@ -86,14 +96,15 @@ def test_dinov2_small_equals_plain_timm(small: dict[str, pathlib.Path], naming: 
     torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("naming", ["timm", "meta"])
-@pytest.mark.parametrize("resolution", [128, 256])
+@pytest.mark.parametrize("naming", ["timm", "meta", "transformers"])
+@pytest.mark.parametrize("resolution", [128, 256, 512])
 def test_swiglu_naming_equals_plain_timm(
     tmp_path: pathlib.Path, naming: str, resolution: int
 ) -> None:
     state = _random_state(**TINY_GIANT)
     path = tmp_path / "giant.safetensors"
-    save_file(state if naming == "timm" else _to_meta_naming(state), path)
+    names = {"timm": dict, "meta": _to_meta_naming, "transformers": _to_hf_naming}
+    save_file(names[naming](state), path)
     spec = dataclasses.replace(ENCODERS["dinov2-g"], width=96, config=TINY_GIANT)
     images = _images(resolution)
     tokens = load_encoder(spec, resolution=resolution, weights=str(path)).tokens(images)

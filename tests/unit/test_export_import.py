@@ -324,6 +324,21 @@ def test_export_of_an_encoded_folder_is_what_the_reference_would_pair(tmp_path: 
     assert [name for name, _ in names] == [image_name(number) for number in range(NUM_IMAGES)]
 
 
+def test_images_of_another_place_than_the_indexed_one_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace, moved = encode_folder(tmp_path), tmp_path / "moved"
+    run_export(workspace, tmp_path / "plain")
+    assert caplog.messages == []
+    (tmp_path / "photos").rename(moved)
+    run_export(workspace, tmp_path / "back", source=str(moved))
+    said = f"images are read from {moved}, the index was made of {tmp_path / 'photos'} (--source"
+    assert [message.startswith(said) for message in caplog.messages] == [True]
+    with pytest.raises(StageError, match="3 of 3 shards failed.*source changed"):
+        run_export(workspace, tmp_path / "none", source=str(tmp_path / "plain" / "images"))
+    assert f"images are read from {tmp_path / 'plain' / 'images'}" in caplog.text
+
+
 def test_training_takes_imported_latents_with_features_cached_afterwards(tmp_path: Path) -> None:
     write_reference(tmp_path / "set")
     workspace = tmp_path / "work"

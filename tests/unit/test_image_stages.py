@@ -143,7 +143,7 @@ def test_features_are_row_aligned(source: Path, parts: None) -> None:
     )
     index = build(settings)
     (product,) = features_products(settings, index)
-    run(product, index=index)
+    assert list(run(product, index=index).seconds) == ["read", "decode", "encode", "write"]
     features = read_array(settings, "features.tiny-teacher.16")
     assert features.shape == (40, 4, 16)
     teacher = load_encoder("tiny-teacher", resolution=16)
@@ -154,6 +154,7 @@ def test_features_are_row_aligned(source: Path, parts: None) -> None:
     assert product.specs[False, ""].manifest["grid"] == [2, 2]
     for changes, message in (
         ({"encoder": ("tiny-teacher",) * 2}, "--encoder names one twice"),
+        ({"encoder": ("siglip2", "siglip2-b")}, "--encoder names one twice: siglip2, siglip2-b"),
         ({"encoder": ("tiny-teacher", "x"), "weights": "w"}, "--weights names one file for 2"),
     ):
         with pytest.raises(ConfigError, match=message):
