@@ -57,7 +57,7 @@ class PlainLines:
         now = time.monotonic()
         if now - self.last >= self.every_s and self.done < self.total:
             self.last = now
-            shown = "".join(f", {n} {v:.4g}" for n, v in facts.items() if math.isfinite(v))
+            shown = "".join(f", {n} {_shown(v)}" for n, v in facts.items() if math.isfinite(v))
             said = f"{self.done:,} of {self.total:,} {self._rate()}{shown}{self.states}"
             self._say(f"{self.title}: {said}")
 
@@ -103,7 +103,7 @@ class Bar:
         self.bar.advance(self.task, count)
         gained = self.bar.tasks[0].completed - self.at_start
         rate = gained / max(time.monotonic() - self.began, 1e-9)
-        shown = " ".join(f"{n} {v:.4g}" for n, v in facts.items() if math.isfinite(v))
+        shown = " ".join(f"{n} {_shown(v)}" for n, v in facts.items() if math.isfinite(v))
         self.bar.update(self.task, rate=f"{self.unit}, {rate:.1f}/s", facts=shown)
 
     def workers(self, states: Mapping[str, str]) -> None:
@@ -111,6 +111,11 @@ class Bar:
 
     def finish(self) -> None:
         self.bar.stop()
+
+
+def _shown(value: float) -> str:
+    """Whole numbers in full, others with four digits and without an exponent where they are large."""
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _listed(states: Mapping[str, str]) -> str:

@@ -81,7 +81,7 @@ def _run_ranks(config: TrainConfig, ranks: int, folder: Path) -> list[int]:
     """Exit codes of all ranks, _ENDED of those that were ended because of another one."""
     path = folder / "config.json"
     path.write_text(json.dumps(as_json(config)), encoding="utf-8")
-    command = [sys.executable, "-m", "repa_pipeline.training.rank", str(path)]
+    command = [sys.executable, "-m", "repa_pipeline.commands_rank", str(path)]
     with contextlib.ExitStack() as files:
         # Ranks meet the same errors; rank 0 tells them as they come, another one's wait.
         streams = [files.enter_context(open(folder / f"{r}.txt", "w+")) for r in range(1, ranks)]

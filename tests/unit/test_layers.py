@@ -50,6 +50,7 @@ LEVELS = {
     "demo": 10,
     "commands": 10,
     "commands_plan": 10,
+    "commands_rank": 11,
     "commands_care": 10,
     "commands_exchange": 10,
     "cli": 11,

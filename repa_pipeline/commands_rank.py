@@ -1,4 +1,4 @@
-"""One rank of a run that `repa train` started on this machine: `-m repa_pipeline.training.rank`."""
+"""One rank of a run that `repa train` started on this machine: `-m repa_pipeline.commands_rank`."""
 
 from __future__ import annotations
 
