@@ -322,7 +322,7 @@ def _wandb_id(folder: Path, project: str) -> str:
     if project not in ids:
         ids[project] = secrets.token_hex(8)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(ids), encoding="utf-8")
+        temporary.write_text(json.dumps(ids) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     return ids[project]
 

@@ -14,7 +14,7 @@ import torch
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import ConfigError, DamagedError, MismatchError, StageError
-from repa_pipeline.observe import RunLog, read_events
+from repa_pipeline.observe import JsonLines, RunLog, read_events
 from repa_pipeline.training.checkpoint import (
     checkpoint_path,
     complete_steps,
@@ -86,7 +86,8 @@ def test_what_is_there(tmp_path: Path) -> None:
 
 def test_a_new_machine_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
     run, config = machine(tmp_path, "a")
-    log = RunLog(run.folder, 0, tensorboard=False)
+    log = RunLog([JsonLines(run.folder, 0)])
+    (run.folder / "wandb.json").write_text('{"digits": "1234"}\n')
     with Checkpointer(run, config, log=log) as saver:
         for step in (10, 20):
             log.event(step, "x")
@@ -99,6 +100,7 @@ def test_a_new_machine_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
     assert ours.with_suffix(".json").read_bytes() == theirs.with_suffix(".json").read_bytes()
     assert [event["step"] for event in read_events(other.folder / "events.jsonl")] == [10, 20]
+    assert (other.folder / "wandb.json").read_text() == '{"digits": "1234"}\n'
     with Checkpointer(other, there) as saver:
         saver.save(30, content(30))
     loaded, _ = load_newest(run, config)
@@ -237,7 +239,7 @@ def test_a_mirror_that_is_away_does_not_stop_training(
 ) -> None:
     run, config = machine(tmp_path, "a")
     (tmp_path / "mirror").write_text("not mounted")  # where a folder should be
-    log = RunLog(run.folder, 0, tensorboard=False)
+    log = RunLog([JsonLines(run.folder, 0)])
     with pytest.raises(StageError, match="lacks the last checkpoint of run 'r', step 20: ") as told:
         with Checkpointer(run, config, log=log) as saver:
             saver.save(10, content(10))
