@@ -114,7 +114,7 @@ class Bar:
 
 
 def _shown(value: float) -> str:
-    """Whole numbers in full, others with four digits and without an exponent where they are large."""
+    """Whole and large numbers in full, others with four digits."""
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1e4 else f"{value:.4g}"
 
 
@@ -327,7 +327,7 @@ def _wandb_id(folder: Path, project: str) -> str:
     if project not in ids:
         ids[project] = secrets.token_hex(8)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(ids), encoding="utf-8")
+        temporary.write_text(json.dumps(ids) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     return ids[project]
 

@@ -198,6 +198,8 @@ def train(plan: TrainPlan, progress: Progress) -> TrainResult:
             if state.step < min(end, config.steps) and not stopped:
                 steps = range(state.step, min(end, config.steps))
                 stopped = _train_phase(plan, phase, steps, state, world, outputs, stopping)
+        if stopped:
+            outputs.leave()
     return TrainResult(run, state.step, state.step - first_step, outputs.means, stopped)
 
 

@@ -1,6 +1,6 @@
 """The second home of a run's checkpoints and log, from which another machine can go on.
 
-URL/NAME/run.json, URL/NAME/events.jsonl
+URL/NAME/run.json, URL/NAME/events.jsonl, URL/NAME/wandb.json
 URL/NAME/checkpoints/step-00000400.HASH.0000.part    the checkpoint file, in pieces
 URL/NAME/checkpoints/step-00000400.json              written last: size, sha256, pieces
 
@@ -48,7 +48,8 @@ from repa_pipeline.training.runs import Run, decided_difference
 PART_BYTES = 256 * 2**20
 THREADS = 4
 _FOLDER = "checkpoints"
-_LOGS = ("run.json", "events.jsonl")
+# wandb.json: the id under which another machine goes on logging.
+_LOGS = ("run.json", "events.jsonl", "wandb.json")
 _MARKER = re.compile(r"step-(\d{8,})\.json")
 _PART = re.compile(r"step-(\d{8,})\.([0-9a-f]{16})\.\d{4}\.part")
 
@@ -210,8 +211,9 @@ class Mirror:
         return data
 
     def _take_events(self) -> None:
-        with contextlib.suppress(MissingError):
-            LocalStore(str(self.run.folder)).put("events.jsonl", self.store.get("events.jsonl"))
+        for name in _LOGS[1:]:
+            with contextlib.suppress(MissingError):
+                LocalStore(str(self.run.folder)).put(name, self.store.get(name))
 
 
 def mirror_of(run: Run, config: TrainConfig) -> Mirror | None:

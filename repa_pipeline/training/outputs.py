@@ -43,12 +43,12 @@ class Outputs:
         self._speed = Speed(flops_per_image, peak, world.size, device)
         self._stack = contextlib.ExitStack()
         self._main: tuple[RunLog, Checkpointer, Previews] | None = None
-        self._logged_step = 0
+        self._step = self._logged_step = 0
         self.means: dict[str, float] = {}
 
     def begin(self, step: int, faults: list[str]) -> None:
         """At `step`, gone back to because of `faults`."""
-        self._logged_step = step
+        self._step = self._logged_step = step
         if not self._world.is_main:
             return
         config, run = self._config, self._run
@@ -77,13 +77,20 @@ class Outputs:
             elif self._main:
                 self._main[2].stop()
 
+    def leave(self) -> None:
+        """Ends early: previews and scores that are not done are left to who goes on."""
+        if self._main:
+            self._main[2].stop()
+
     def follow(self, reader: Reader) -> None:
         """From now on `reader` is what is waited for."""
         self._reader = reader
+        self._logged_step = self._step
         self._speed.restart()
 
     def advance(self) -> None:
         """A step was made."""
+        self._step += 1
         if self._main:
             self._progress.advance(1, loss=self.means.get("loss", float("nan")))
 

@@ -14,7 +14,7 @@ import torch
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import StageError, StoreError
-from repa_pipeline.observe import RunLog, read_events
+from repa_pipeline.observe import JsonLines, RunLog, read_events
 from repa_pipeline.testing.faults import FaultProxy, Rule, Script, slow_down, throttle
 from repa_pipeline.testing.swift import SwiftServer
 from repa_pipeline.training import mirror as mirror_module
@@ -49,7 +49,7 @@ def machine(bucket: str, folder: Path, **changes: Any) -> tuple[Run, TrainConfig
 def test_a_new_machine_goes_on(bucket: str, s3: SwiftServer, tmp_path: Path) -> None:
     run, config = machine(bucket, tmp_path / "a")
     assert load_newest(run, config) == (None, [])
-    log = RunLog(run.folder, 0, tensorboard=False)
+    log = RunLog([JsonLines(run.folder, 0)])
     with Checkpointer(run, config, log=log) as saver:
         for step in (10, 20, 30):
             log.event(step, "x")
@@ -74,7 +74,7 @@ def test_the_store_goes_away_and_comes_back(
     bucket: str, s3: SwiftServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, config = machine(bucket, tmp_path / "a")
-    log = RunLog(run.folder, 0, tensorboard=False)
+    log = RunLog([JsonLines(run.folder, 0)])
     mirror = mirror_of(run, config)
     assert mirror is not None
     with Checkpointer(run, config, log=log) as saver:

@@ -21,7 +21,7 @@ from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps, load_checkpoint
 
 STEPS, LOG_EVERY, CHECKPOINT_EVERY = 42, 4, 6
-TIMING = ("images_per_s", "data_wait")
+TIMING = ("images_per_s", "data_wait", "bytes_per_s", "rss_bytes")
 TIMEOUT_S = 300
 
 # What every child needs, imported once by the process that they are forked from.

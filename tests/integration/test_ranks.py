@@ -143,9 +143,17 @@ def test_alignment_ends_and_ranks_go_on(workspace: Path) -> None:
         assert moved == (name.startswith("trunk.") and "pos_embed" not in name), name
 
 
-def test_a_killed_rank_is_started_again(workspace: Path) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(workspace: Path) -> list[dict[str, float]]:
+    """The curve of two ranks over 60 steps."""
+    finish(start(settings(workspace, "undisturbed", ranks=2, steps=60, checkpoint_every=1000)))
+    return curve(workspace, "undisturbed")
+
+
+def test_a_killed_rank_is_started_again(
+    workspace: Path, undisturbed: list[dict[str, float]]
+) -> None:
     changes = {"ranks": 2, "steps": 60, "checkpoint_every": 5, "keep": 20}
-    finish(start(settings(workspace, "undisturbed", **changes)))
     process = start(settings(workspace, "killed", **changes))
     folder = workspace / "runs" / "killed" / "checkpoints"
     for number, rank in ((1, 1), (4, 0)):
@@ -155,7 +163,7 @@ def test_a_killed_rank_is_started_again(workspace: Path) -> None:
         wait_for(lambda: len(ranks_of(process)) == 2 or process.poll() is not None)
     said = finish(process)
     assert "rank 1 of 2 was killed by signal 9; all start again" in said
-    assert curve(workspace, "killed") == curve(workspace, "undisturbed")  # bit for bit
+    assert curve(workspace, "killed") == undisturbed  # bit for bit
 
 
 def test_ranks_that_are_always_killed_end_with_an_error(workspace: Path) -> None:
@@ -168,7 +176,9 @@ def test_ranks_that_are_always_killed_end_with_an_error(workspace: Path) -> None
     )
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(workspace: Path) -> None:
+def test_sigterm_saves_and_the_same_command_goes_on(
+    workspace: Path, undisturbed: list[dict[str, float]]
+) -> None:
     changes = {"ranks": 2, "steps": 60, "checkpoint_every": 1000}
     process = start(settings(workspace, "preempted", **changes))
     wait_for(lambda: (workspace / "runs" / "preempted" / "events.jsonl").exists())
@@ -178,7 +188,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(workspace: Path) -> None:
     (step,) = complete_steps(workspace / "runs" / "preempted" / "checkpoints")
     assert 3 < step < 60
     finish(start(settings(workspace, "preempted", **changes)))
-    assert curve(workspace, "preempted") == curve(workspace, "undisturbed")
+    assert curve(workspace, "preempted") == undisturbed
 
 
 def test_an_error_of_any_rank_is_told_once(workspace: Path, tmp_path: Path) -> None:

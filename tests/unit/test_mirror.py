@@ -87,6 +87,10 @@ def test_what_is_there(tmp_path: Path) -> None:
 def test_a_new_machine_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
     run, config = machine(tmp_path, "a")
     log = RunLog([JsonLines(run.folder, 0)])
+<<<<<<< HEAD
+=======
+    (run.folder / "wandb.json").write_text('{"digits": "1234"}\n')
+>>>>>>> watch
     with Checkpointer(run, config, log=log) as saver:
         for step in (10, 20):
             log.event(step, "x")
@@ -99,6 +103,7 @@ def test_a_new_machine_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
     assert ours.with_suffix(".json").read_bytes() == theirs.with_suffix(".json").read_bytes()
     assert [event["step"] for event in read_events(other.folder / "events.jsonl")] == [10, 20]
+    assert (other.folder / "wandb.json").read_text() == '{"digits": "1234"}\n'
     with Checkpointer(other, there) as saver:
         saver.save(30, content(30))
     loaded, _ = load_newest(run, config)

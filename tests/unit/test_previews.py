@@ -23,6 +23,7 @@ from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
 from repa_pipeline.training import previews
 from repa_pipeline.training.checkpoint import save_checkpoint
 from repa_pipeline.training.previews import Previews, kinds_due, read_scores
+from repa_pipeline.training.world import Stopping
 
 PLUGIN = """
 from repa_pipeline.testing.parts import tiny_autoencoder
@@ -312,3 +313,22 @@ def test_rhythms(tmp_path: Path) -> None:
         ["preview", "evaluation"],
     ]
     assert kinds_due(toy_train_config(tmp_path), 6) == []
+
+
+def test_a_run_that_is_told_to_stop_waits_for_nothing(
+    workspace: Path, held: list[Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter([False, False, True])
+    monkeypatch.setattr(Stopping, "asked", lambda self: next(asked))
+    config = settings(workspace, preview_every=2, steps=9)
+    result = train(plan_training(config), Silent())
+    assert (result.step, result.stopped) == (3, True)
+    assert len(held) == 1 and held[0].was_stopped and said(result.run.folder)[1:] == []
+
+    # Who goes on makes what was left: here, it ends at once, without a word.
+    monkeypatch.setattr(Stopping, "asked", lambda self: False)
+    monkeypatch.setattr(Held, "poll", lambda self: 1)
+    monkeypatch.setattr(Held, "wait", lambda self: 1)
+    result = train(plan_training(settings(workspace, preview_every=2, steps=4)), Silent())
+    skipped = [(e, step) for e, step, _ in said(result.run.folder) if e != "scalars"]
+    assert skipped == [("preview_skipped", 2), ("preview_skipped", 4)]
