@@ -87,10 +87,7 @@ def test_what_is_there(tmp_path: Path) -> None:
 def test_a_new_machine_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
     run, config = machine(tmp_path, "a")
     log = RunLog([JsonLines(run.folder, 0)])
-<<<<<<< HEAD
-=======
     (run.folder / "wandb.json").write_text('{"digits": "1234"}\n')
->>>>>>> watch
     with Checkpointer(run, config, log=log) as saver:
         for step in (10, 20):
             log.event(step, "x")
