@@ -1,4 +1,4 @@
-"""REPA on DiT: noise prediction aligned with frozen teachers (arXiv 2410.06940, Table 2)."""
+"""REPA on DiT: noise prediction aligned with frozen teachers (arXiv 2410.06940)."""
 
 from __future__ import annotations
 

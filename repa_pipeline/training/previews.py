@@ -177,7 +177,7 @@ class Previews:
             count = config.evaluate_count
             shown, at_once = min(count, _PICTURE), min(count, _BATCH)
         command = ["sample", "--checkpoint", str(job.checkpoint), "--output", str(job.output)]
-        command += ["--sampler", "euler", "--num-steps", str(_SAMPLER_STEPS)]
+        command += ["--sampler", "ode", "--num-steps", str(_SAMPLER_STEPS)]
         command += ["--labels", "balanced", "--num-images", str(count), "--no-npz"]
         command += ["--grid", str(shown), "--batch-size", str(at_once)]
         return self._command(command)

@@ -108,7 +108,7 @@ def test_the_other_commands_have_help(command: str, repa: Repa) -> None:
 def test_help_shows_defaults_and_presets(repa: Repa) -> None:
     out = " ".join(repa("train --help").out.split())
     assert "Global batch. [default: 256; digits: 64]" in out
-    assert "Interpolant. [default: linear] (linear, cosine)" in out
+    assert "Interpolant of SiT. [default: linear] (linear, cosine)" in out
     assert "Seed of weights, order, noise. [default: 0]" in out
 
 

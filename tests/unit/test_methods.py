@@ -16,10 +16,13 @@ from repa_pipeline.cli import main
 from repa_pipeline.config import SampleConfig
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import SealedArray
+from repa_pipeline.diffusion.interpolant import PATHS
 from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.methods import METHODS, MethodSpec
+from repa_pipeline.methods.base import Phase
 from repa_pipeline.methods.repa import RepaMethod
 from repa_pipeline.methods.sit import SiTMethod
+from repa_pipeline.methods.trunk import TrunkMethod
 from repa_pipeline.models import MODELS, ModelSpec
 from repa_pipeline.registry import load_plugins, method_spec
 from repa_pipeline.stages.sample import Sampler, open_samples, sample_blocks, sample_stage
@@ -134,16 +137,53 @@ class Idle(SiTMethod):
         return nn.ModuleDict({"trunk": self.build_trunk(), "idle": nn.Linear(2, 2)})
 
 
+class Restless(SiTMethod):
+    """A head that is trained on when its phase is over."""
+
+    def build(self) -> nn.Module:
+        return nn.ModuleDict({"trunk": self.build_trunk(), "head": nn.Linear(1, 1)})
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(), Phase(5, idle=("head",)))
+
+    def loss(self, model: nn.Module, *rest: Any) -> dict[str, Tensor]:
+        losses = super().loss(model, *rest)
+        head = model.get_submodule("head")(torch.ones(1)).square().sum()
+        return {**losses, "loss": losses["loss"] + head}
+
+
+class Late(SiTMethod):
+    """Phases that leave the first steps out."""
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(1),)
+
+
+class Mute(TrunkMethod):
+    """Nothing that a sampler could ask."""
+
+    family = "sit"
+    denoise = SiTMethod.denoise
+    path = PATHS["linear"]
+
+
 @pytest.mark.parametrize(
     ("loader", "complaint"),
-    [("Broken", "velocity depends on others"), ("Idle", "no gradient reaches idle.weight")],
+    [
+        ("Broken", "velocity depends on others"),
+        ("Idle", "no gradient reaches idle.weight"),
+        ("Restless", "a gradient reaches head.weight, idle from 5 on"),
+        ("Late", "do not begin at step 0"),
+        ("Mute", "a method has one of velocity, predict_noise"),
+    ],
 )
 def test_the_suite_finds_what_is_broken(
     loader: str, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classes: dict[str, Any] = {"Broken": Broken, "Idle": Idle}
+    classes = {cls.__name__: cls for cls in (Broken, Idle, Restless, Late, Mute)}
     target = "repa_pipeline.training.state.resolve"
-    monkeypatch.setattr(target, lambda path: classes[path.partition(":")[2]])
+    known: dict[str, Any] = dict(classes)
+    monkeypatch.setattr(target, lambda path: known[path.partition(":")[2]])
     with pytest.raises(AssertionError, match=complaint):
         check_method(MethodSpec("broken", f"here:{loader}", uses_features=False))
 
