@@ -42,6 +42,10 @@ def ranges(layout: RecordLayout, num_rows: int) -> list[tuple[int, int]]:
     return [(i * num_rows // count, (i + 1) * num_rows // count) for i in range(count)]
 
 
+class _Left(Exception):
+    """The reader was left before this was read."""
+
+
 class Unit:
     """A shard to read; `error` says what came of it once it is done.
 
@@ -115,7 +119,9 @@ class Fetcher:
 
     def _next(self) -> Callable[[], None] | None:
         with self._changed:
-            while not self._is_ending:
+            while True:
+                if self._is_ending:  # jobs that are left give back what they hold
+                    return self._jobs.popleft() if self._jobs else None
                 # What waits for another process goes first, once it is time: it is older.
                 wait = self._later[0][0] - time.monotonic() if self._later else None
                 if wait is not None and wait <= 0:
@@ -123,9 +129,10 @@ class Fetcher:
                 if self._jobs:
                     return self._jobs.popleft()
                 self._changed.wait(wait)
-        return None
 
     def _begin(self, unit: Unit) -> None:
+        if self._is_ending:
+            return
         try:
             source = self._source(unit)
         except Busy:
@@ -161,12 +168,15 @@ class Fetcher:
             return StoreSource(unit.wanted)
 
     def _read(self, unit: Unit, source: Source, start: int, stop: int) -> None:
-        num_bytes, error = 0, None
-        if unit.error is None:  # else another range of it has failed
-            try:
+        num_bytes = 0
+        error: BaseException | None = None
+        try:
+            if self._is_ending:
+                raise _Left
+            if unit.error is None:  # else another range of it has failed
                 num_bytes = source.read(self._memory, start, stop)
-            except BaseException as raised:
-                error = raised
+        except BaseException as raised:
+            error = raised
         with self._changed:
             self.num_bytes += num_bytes
             self.num_store_bytes += num_bytes if isinstance(source, StoreSource) else 0

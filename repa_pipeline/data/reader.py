@@ -150,8 +150,12 @@ class Reader:
         if self._planner.ident is not None:
             self._planner.join()
             self._fetcher.__exit__()
-        for buffers in (*self._free, *(batch.buffers for batch in self._batches.values())):
-            buffers.close()
+        with self._changed:
+            for buffers in (*self._free, *(batch.buffers for batch in self._batches.values())):
+                buffers.close()
+            # Their memory is to go now, not when the garbage collector comes by.
+            self._free.clear()
+            self._batches.clear()
 
     def __iter__(self) -> Iterator[Records]:
         while self._next < self._steps.stop:
@@ -254,7 +258,9 @@ class Reader:
         """Called by a thread of the fetcher."""
         with self._changed:
             for step in unit.steps:
-                batch = self._batches[step]
+                batch = self._batches.get(step)
+                if batch is None:  # the reader was left
+                    return
                 batch.num_missing -= 1
                 batch.error = batch.error or unit.error
                 if batch.error or not batch.num_missing:

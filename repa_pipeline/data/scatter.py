@@ -24,7 +24,7 @@ from repa_pipeline.data.shards import (
     unread_crcs,
 )
 
-_RUN_BYTES = 256 * 2**10
+_RUN_BYTES = 2**20
 _MOST_PIECES = 512  # of one call; systems take 1024
 
 Place = npt.NDArray[np.uint8]
