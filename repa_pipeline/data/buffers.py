@@ -39,16 +39,6 @@ class Buffers:
         self.parts: tuple[npt.NDArray[np.uint8], ...] = tuple(parts)
         self._lock = _PageLock(memory) if pin else None
 
-    def used(self) -> None:
-        """The caller's CUDA stream has been given all the work that reads these buffers."""
-        if self._lock:
-            self._lock.mark()
-
-    def wait(self) -> None:
-        """Returns when that work is done, and the buffers may be written."""
-        if self._lock:
-            self._lock.wait()
-
     def close(self) -> None:
         if self._lock:
             self._lock.end()
@@ -61,10 +51,9 @@ class _PageLock:
     def __init__(self, memory: mmap.mmap):
         import torch
 
-        cuda: Any = torch.cuda  # its Python part has no types
-        self._runtime = cuda.cudart()
+        self._cuda: Any = torch.cuda  # its Python part has no types
+        self._runtime = self._cuda.cudart()
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._used = cuda.Event()
         error = int(self._runtime.cudaHostRegister(self._address, len(memory), 0))
         if error:
             raise StageError(
@@ -72,12 +61,6 @@ class _PageLock:
                 f"(CUDA error {error}): raise `ulimit -l`, or give a smaller --read-ahead-gb"
             )
 
-    def mark(self) -> None:
-        self._used.record()
-
-    def wait(self) -> None:
-        self._used.synchronize()
-
     def end(self) -> None:
-        self.wait()
+        self._cuda.synchronize()  # a copy from it may be under way
         self._runtime.cudaHostUnregister(self._address)

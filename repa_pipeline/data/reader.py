@@ -72,8 +72,8 @@ class Reader:
     from the view that `views` says. read_ahead_bytes: memory for batches that are begun, 0 for two
     windows; never less than one window. local_copy: a folder where what is read of the arrays'
     store is kept, at most `local_copy_bytes`, and read from then on. pin: batches in page-locked
-    memory, so that copies to a CUDA device overlap; their memory is used again only when what the
-    consumer's stream was given before it asked on is done.
+    memory, from which a CUDA device copies on its own; such a copy must have ended when the next
+    batch but one is asked for.
 
     Raises, at the batch that needs it, DamagedError for a missing, short, replaced or corrupted
     shard and StoreError for a store that does not answer. `wait_s` sums the time the consumer
@@ -99,7 +99,6 @@ class Reader:
         pin: bool = False,
     ):
         self.wait_s = 0.0
-        self.num_bytes = 0
         self._order = order
         self._steps = range(first_step, last_step)
         self._slice = rank_slice(order.batch_size, rank, world_size)
@@ -177,7 +176,6 @@ class Reader:
         with self._changed:
             released = self._batches.pop(step - _NUM_HELD, None)
             if released:
-                released.buffers.used()
                 self._free.append(released.buffers)
                 self._changed.notify_all()
             while True:
@@ -269,13 +267,11 @@ class Reader:
     def _new_buffers(self) -> Buffers:
         """Buffers of a released batch, else fresh ones."""
         with self._changed:
-            buffers = self._free.pop(0) if self._free else None
-        if buffers is None:
-            rows = self._slice.stop - self._slice.start
-            buffers = Buffers(rows, self._record_bytes, self._pin)
-            self._num_buffers += 1
-        buffers.wait()
-        return buffers
+            if self._free:
+                return self._free.pop()
+        self._num_buffers += 1
+        rows = self._slice.stop - self._slice.start
+        return Buffers(rows, self._record_bytes, self._pin)
 
     @property
     def _record_bytes(self) -> list[int]:

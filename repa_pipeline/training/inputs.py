@@ -287,3 +287,14 @@ def _check_prepared_alike(array: SealedArray, latents: SealedArray) -> None:
             f"{array.where} saw other images than {latents.spec.name}: {name} is {here!r}, "
             f"expected {there!r}; encode both with the same settings"
         )
+
+
+def read_options(config: TrainConfig, device: str) -> dict[str, Any]:
+    """How `Reader` reads, as keyword arguments."""
+    return {
+        "read_threads": config.read_threads,
+        "read_ahead_bytes": int(config.read_ahead_gb * 1e9),
+        "local_copy": config.local_copy,
+        "local_copy_bytes": int(config.local_copy_gb * 1e9),
+        "pin": device.startswith("cuda"),
+    }
