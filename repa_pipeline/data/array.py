@@ -247,13 +247,17 @@ class SealedArray:
         sealed with its sha256, which is slow, the records' checksums alone are verified here.)
         """
         data = self._load(shard, buffer)
-        spec, where = self.spec, self._where(shard)
-        rows, first_row = self._rows(shard)
+        spec, where = self.spec, self.where_of(shard)
+        rows, first_row = self.rows_of(shard)
         records, digest = check_shard(data, rows, spec.layout, where, first_row, spec.advice)
+        self.check_digest(shard, digest)
+        return records
+
+    def check_digest(self, shard: int, digest: str) -> None:
+        """Raises DamagedError when the records' digest is not the sealed one, if that is kept."""
         sealed = stored_digest(self.shards[shard])
         if sealed.startswith(DIGEST) and digest != sealed:
             raise self._foreign(shard, digest)
-        return records
 
     def verify_shard(self, shard: int, buffer: bytearray) -> None:
         """Raises DamagedError unless shard `shard` is to the bit what was sealed.
@@ -261,44 +265,54 @@ class SealedArray:
         The message names the shard, the rows and what is wrong. `buffer` is overwritten.
         """
         self.read_shard(shard, buffer)
-        rows, _ = self._rows(shard)
+        rows, _ = self.rows_of(shard)
         if stored_digest(self.shards[shard]).startswith(_SHA256):
             data = memoryview(buffer)[: self.spec.layout.shard_bytes(rows)]
             digest = _SHA256 + hashlib.sha256(data).hexdigest()
             if digest != stored_digest(self.shards[shard]):
                 raise self._foreign(shard, digest)
 
-    def _rows(self, shard: int) -> tuple[int, int]:
+    def rows_of(self, shard: int) -> tuple[int, int]:
         """How many rows a shard has, and which is its first."""
         layout = self.spec.layout
         return layout.rows_of(shard, self.spec.num_rows), shard * layout.shard_rows
 
-    def _where(self, shard: int) -> str:
-        rows, first = self._rows(shard)
+    def where_of(self, shard: int) -> str:
+        """A shard in messages."""
+        rows, first = self.rows_of(shard)
         key = self.spec.shard_key(shard)
         return f"{self.store.url}/{key} (shard {shard}, rows {first} to {first + rows - 1})"
 
     def _load(self, shard: int, buffer: bytearray) -> memoryview:
         """The shard's bytes; DamagedError when it is missing or of another length."""
-        rows, _ = self._rows(shard)
-        view = memoryview(buffer)[: self.spec.layout.shard_bytes(rows)]
-        where, advice = self._where(shard), self.spec.advice
+        view = memoryview(buffer)[: self.shard_bytes(shard)]
         try:
             got = self.store.read_into(self.spec.shard_key(shard), view)
         except MissingError as error:
-            raise DamagedError(f"{where} is missing; {advice}") from error
+            raise self.missing(shard) from error
         if got != len(view):
-            count = got if got < len(view) else f"more than {len(view)}"
-            raise DamagedError(
-                f"{where} is truncated or foreign: got {count} bytes, expected {len(view)}; "
-                f"{advice}"
-            )
+            raise self.truncated(shard, got if got < len(view) else f"more than {len(view)}")
         return view
+
+    def shard_bytes(self, shard: int) -> int:
+        """Bytes of a shard object."""
+        return self.spec.layout.shard_bytes(self.rows_of(shard)[0])
+
+    def missing(self, shard: int) -> DamagedError:
+        """The error of a shard that is not there."""
+        return DamagedError(f"{self.where_of(shard)} is missing; {self.spec.advice}")
+
+    def truncated(self, shard: int, got: object) -> DamagedError:
+        """The error of a shard that has `got` bytes."""
+        return DamagedError(
+            f"{self.where_of(shard)} is truncated or foreign: got {got} bytes, expected "
+            f"{self.shard_bytes(shard)}; {self.spec.advice}"
+        )
 
     def _foreign(self, shard: int, digest: str) -> DamagedError:
         sealed = stored_digest(self.shards[shard])
         return DamagedError(
-            f"{self._where(shard)} is another shard than the sealed one: its digest is {digest}, "
+            f"{self.where_of(shard)} is another shard than the sealed one: its digest is {digest}, "
             f"the seal says {sealed}; {self.spec.advice}"
         )
 

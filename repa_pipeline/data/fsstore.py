@@ -78,7 +78,15 @@ class RemoteStore:
         if not num_bytes:
             return self._nothing(key)
         data = self._ask("GET", key, lambda _: self._read_range(key, start, num_bytes))
-        return whole_range(data, f"{self.url}/{key}", start, num_bytes)
+        check_whole(len(data), f"{self.url}/{key}", start, num_bytes)
+        return data
+
+    def read_range_into(self, key: str, start: int, buffer: memoryview) -> None:
+        if not len(buffer):
+            self._nothing(key)
+            return
+        count = self._ask("GET", key, lambda _: self._read_range_into(key, start, buffer))
+        check_whole(count, f"{self.url}/{key}", start, len(buffer))
 
     def size(self, key: str) -> int | None:
         try:
@@ -205,6 +213,11 @@ class RemoteStore:
         data: bytes = self._fs.cat_file(self._path(key), start=start, end=start + num_bytes)
         return data
 
+    def _read_range_into(self, key: str, start: int, buffer: memoryview) -> int:
+        data = self._read_range(key, start, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def _size(self, key: str) -> int:
         info = self._fs.info(self._path(key))
         if info["type"] != "file":
@@ -228,14 +241,13 @@ class RemoteStore:
         self._fs.rm_file(self._path(key))
 
 
-def whole_range(data: bytes, name: str, start: int, num_bytes: int) -> bytes:
-    """`data` itself; raises DamagedError when the object ended before the range did."""
-    if len(data) != num_bytes:
+def check_whole(count: int, name: str, start: int, num_bytes: int) -> None:
+    """Raises DamagedError when the object ended before a range did."""
+    if count != num_bytes:
         raise DamagedError(
-            f"{name} ends at byte {start + len(data)}, expected {num_bytes} bytes from {start} on: "
+            f"{name} ends at byte {start + count}, expected {num_bytes} bytes from {start} on: "
             "it was cut short; run `repa repair` if it is a shard of a cache"
         )
-    return data
 
 
 def check_key(key: str) -> str:

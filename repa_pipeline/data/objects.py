@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from repa_pipeline.data.fsstore import ABSENT, RemoteStore, check_key, whole_range
+from repa_pipeline.data.fsstore import ABSENT, RemoteStore, check_key, check_whole
 from repa_pipeline.data.retry import RetryPolicy
 from repa_pipeline.data.s3 import S3Store
 from repa_pipeline.errors import DamagedError, MissingError, StageError
@@ -43,6 +43,10 @@ class ObjectStore(Protocol):
 
     def read_range(self, key: str, start: int, num_bytes: int) -> bytes:
         """Exactly those bytes; raises MissingError, and DamagedError when the object is shorter."""
+        ...
+
+    def read_range_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """As `read_range`, into a buffer whose length says how many bytes."""
         ...
 
     def size(self, key: str) -> int | None:
@@ -117,7 +121,17 @@ class LocalStore:
                 data = file.read(num_bytes)
         except ABSENT as error:
             raise MissingError(f"no object {self._path(key)}") from error
-        return whole_range(data, str(self._path(key)), start, num_bytes)
+        check_whole(len(data), str(self._path(key)), start, num_bytes)
+        return data
+
+    def read_range_into(self, key: str, start: int, buffer: memoryview) -> None:
+        try:
+            with open(self._path(key), "rb", buffering=0) as file:
+                file.seek(start)
+                count = min(_read_all(file, buffer), len(buffer))
+        except ABSENT as error:
+            raise MissingError(f"no object {self._path(key)}") from error
+        check_whole(count, str(self._path(key)), start, len(buffer))
 
     def size(self, key: str) -> int | None:
         path = self._path(key)

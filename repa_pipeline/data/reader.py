@@ -1,13 +1,20 @@
 """The trainer's reader: verified records of sealed arrays, in the canonical order, ahead of time.
 
-A thread reads whole shards into reused buffers, checks every record's crc32c, and gathers the
-rows of this rank's slice of each global batch. Where it stands is one integer, the step.
+plan (data/schedule.py) -> fetch with threads (data/fetch.py) -> check each record's crc32c and put
+it into its place in its batch (data/scatter.py). A shard that a coming batch needs is read whole
+into all the batches it has rows for; so the batches of a window of shards are begun together, and
+the next window is read while the current one is trained on. Where it stands is three integers:
+seed, epoch, and step in the epoch.
+
+Memory: the buffers of the batches that are begun, which is a window (`window` shards of every
+lane) and, to read ahead, another one (`read_ahead_bytes` to have less, or more). From a store that
+has no local copy it is up to one more, so that a shard that lies in two windows is read once; and
+every thread has a range of 16 MiB on top.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,32 +24,61 @@ import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline.data.array import SealedArray
+from repa_pipeline.data.buffers import Buffers
+from repa_pipeline.data.fetch import Fetcher, Unit
+from repa_pipeline.data.local_copy import LocalCopy
+from repa_pipeline.data.objects import LocalStore
 from repa_pipeline.data.order import Order, rank_slice
-from repa_pipeline.data.shards import as_rows
+from repa_pipeline.data.schedule import EpochPlan, ShardRows, plan_epoch
 
-_Failure = tuple[BaseException]
+READ_THREADS = 8
 # Step -> bool [global batch]: whose mirrored view is drawn.
 Views = Callable[[int], npt.NDArray[np.bool_]]
+# Batches that the consumer may still use: the one it was given, and the one before.
+_NUM_HELD = 2
+_LEAST_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
     """One rank's slice of batch `step`.
 
-    rows: int64 [b]; arrays: for each array of the reader its records [b, ...], as stored.
+    rows: int64 [b]; arrays: for each array of the reader its records [b, ...], as stored. They
+    are views of memory that is used again: they hold until the next batch but one is asked for.
     """
 
     step: int
     rows: npt.NDArray[np.int64]
     arrays: tuple[npt.NDArray[np.generic], ...]
 
+    def copy(self) -> Records:
+        """The same batch in memory of its own."""
+        return dataclasses.replace(self, arrays=tuple(array.copy() for array in self.arrays))
+
+
+@dataclasses.dataclass
+class _Batch:
+    """A batch that is begun: its memory, the units it still waits for, what went wrong."""
+
+    buffers: Buffers
+    num_missing: int
+    error: BaseException | None = None
+
 
 class Reader:
     """Iterates over batches first_step, ..., last_step - 1; a context manager.
 
     With `mirrored`, the arrays of the mirrored view in the same order, each row of a batch is read
-    from the view that `views` says. Raises DamagedError (from the thread, at the batch that needs
-    it) for a missing, short or corrupted shard. `wait_s` sums the time the consumer waited.
+    from the view that `views` says. read_ahead_bytes: memory for batches that are begun, 0 for two
+    windows; never less than one window. local_copy: a folder where what is read of the arrays'
+    store is kept, at most `local_copy_bytes`, and read from then on. pin: batches in page-locked
+    memory, from which a CUDA device copies on its own; such a copy must have ended when the next
+    batch but one is asked for.
+
+    Raises, at the batch that needs it, DamagedError for a missing, short, replaced or corrupted
+    shard and StoreError for a store that does not answer. `wait_s` sums the time the consumer
+    waited, `num_bytes` what was read, `num_store_bytes` that part of it that a store sent and
+    `buffer_bytes` the memory of all batches.
     """
 
     def __init__(
@@ -54,26 +90,51 @@ class Reader:
         last_step: int,
         rank: int = 0,
         world_size: int = 1,
-        prefetch: int = 4,
         mirrored: Sequence[SealedArray] = (),
         views: Views | None = None,
+        read_threads: int = READ_THREADS,
+        read_ahead_bytes: int = 0,
+        local_copy: str | None = None,
+        local_copy_bytes: int = 0,
+        pin: bool = False,
     ):
         self.wait_s = 0.0
-        self.num_bytes = 0
         self._order = order
         self._steps = range(first_step, last_step)
         self._slice = rank_slice(order.batch_size, rank, world_size)
         self._views = views if mirrored else None
-        self._windows: list[tuple[_Window, ...]] = [(_Window(array),) for array in arrays]
-        if mirrored:
-            pairs = zip(arrays, mirrored, strict=True)
-            self._windows = [(_Window(array), _Window(flipped)) for array, flipped in pairs]
-        self._queue: queue.Queue[Records | _Failure | None] = queue.Queue(prefetch)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._produce, name="repa-reader", daemon=True)
+        self._arrays = (tuple(arrays), tuple(mirrored))
+        self._read_ahead_bytes = read_ahead_bytes
+        self._pin = pin
+        copy = LocalCopy(local_copy, local_copy_bytes) if local_copy else None
+        self._has_copy = copy is not None
+        self._fetcher = Fetcher(read_threads, self._done, copy)
+        self._planner = threading.Thread(target=self._plan, name="repa-reader-plan", daemon=True)
+        self._changed = threading.Condition()
+        self._batches: dict[int, _Batch] = {}
+        self._free: list[Buffers] = []
+        self._num_buffers = 0
+        self._most_batches = 0
+        self._next = first_step
+        self._is_ending = False
+        self._error: BaseException | None = None  # of the planner
+
+    @property
+    def num_bytes(self) -> int:
+        return self._fetcher.num_bytes
+
+    @property
+    def num_store_bytes(self) -> int:
+        return self._fetcher.num_store_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self._num_buffers * self._batch_bytes
 
     def __enter__(self) -> Reader:
-        self._thread.start()
+        if self._slice.stop > self._slice.start:  # else there is nothing to read
+            self._fetcher.__enter__()
+            self._planner.start()
         return self
 
     def __exit__(
@@ -82,113 +143,141 @@ class Reader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        with self._changed:
+            self._is_ending = True
+            self._changed.notify_all()
+        if self._planner.ident is not None:
+            self._planner.join()
+            self._fetcher.__exit__()
+        with self._changed:
+            for buffers in (*self._free, *(batch.buffers for batch in self._batches.values())):
+                buffers.close()
+            # Their memory is to go now, not when the garbage collector comes by.
+            self._free.clear()
+            self._batches.clear()
 
     def __iter__(self) -> Iterator[Records]:
-        while True:
+        while self._next < self._steps.stop:
             began = time.perf_counter()
-            item = self._queue.get()
+            buffers = self._take(self._next)
             self.wait_s += time.perf_counter() - began
-            if item is None or isinstance(item, tuple):
-                # The thread has ended: whoever iterates again must not wait for it.
-                self._queue.put(item)
-            if item is None:
-                return
-            if isinstance(item, tuple):
-                raise item[0]
-            yield item
+            step = self._next
+            self._next += 1
+            arrays = tuple(
+                flat.view(array.spec.layout.dtype).reshape(len(flat), *array.spec.layout.shape)
+                for flat, array in zip(buffers, self._arrays[0], strict=True)
+            )
+            yield Records(step, self._order.rows(step)[self._slice], arrays)
 
-    def _produce(self) -> None:
+    def _take(self, step: int) -> tuple[npt.NDArray[np.uint8], ...]:
+        """The buffers of batch `step`, once it is complete."""
+        if self._slice.stop == self._slice.start:
+            return self._new_buffers().parts
+        with self._changed:
+            released = self._batches.pop(step - _NUM_HELD, None)
+            if released:
+                self._free.append(released.buffers)
+                self._changed.notify_all()
+            while True:
+                batch = self._batches.get(step)
+                error = self._error or (batch.error if batch else None)
+                if error:
+                    raise error
+                if batch and not batch.num_missing:
+                    return batch.buffers.parts
+                self._changed.wait()
+
+    def _plan(self) -> None:
+        """The planner's thread: begins shards in order, as far ahead as memory allows."""
         try:
-            for step in self._steps:
-                if not self._put(self._read(step)):
-                    return
-            self._put(None)
+            for steps in self._epochs():
+                plan = self._plan_epoch(steps)
+                self._set_limit(plan)
+                for shard in plan.shards:
+                    if not self._wait_for_room(shard):
+                        return
+                    self._begin(shard, plan, steps.start)
         except BaseException as error:  # handed to the consumer, who raises it
-            self._put((error,))
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
 
-    def _put(self, item: Records | _Failure | None) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
+    def _plan_epoch(self, steps: range) -> EpochPlan:
+        arrays = (*self._arrays[0], *self._arrays[1])
+        is_near = self._has_copy or all(isinstance(a.store, LocalStore) for a in arrays)
+        flipped = None
+        if self._views:
+            flipped = np.stack([self._views(step)[self._slice] for step in steps])
+        return plan_epoch(self._order, steps, self._slice, flipped, split=is_near)
+
+    def _epochs(self) -> Iterator[range]:
+        """The steps, cut at the ends of epochs."""
+        start = self._steps.start
+        while start < self._steps.stop:
+            end = (start // self._order.steps_per_epoch + 1) * self._order.steps_per_epoch
+            yield range(start, min(end, self._steps.stop))
+            start = end
+
+    def _set_limit(self, plan: EpochPlan) -> None:
+        ahead = max(plan.num_window, _LEAST_AHEAD)
+        if self._read_ahead_bytes:
+            ahead = max(0, self._read_ahead_bytes // self._batch_bytes - plan.num_open)
+        self._most_batches = plan.num_open + _NUM_HELD + ahead
+
+    def _wait_for_room(self, shard: ShardRows) -> bool:
+        """Waits until the batches that a shard begins fit; False at the end."""
+        with self._changed:
+            while not self._is_ending:
+                num_new = sum(step not in self._batches for step in shard.touched)
+                # What the consumer waits for is begun in any case.
+                if len(self._batches) + num_new <= self._most_batches or shard.first <= self._next:
+                    return True
+                self._changed.wait()
         return False
 
-    def _read(self, step: int) -> Records:
-        epoch, inside = divmod(step, self._order.steps_per_epoch)
-        if inside == 0 or step == self._steps.start:
-            self._expect(self._order.epoch(epoch)[inside:, self._slice], step)
-        rows = self._order.rows(step)[self._slice]
-        flipped = self._flipped(step)
-        return Records(step, rows, tuple(_take(views, rows, flipped) for views in self._windows))
+    def _begin(self, shard: ShardRows, plan: EpochPlan, first_step: int) -> None:
+        arrays = self._arrays[shard.view]
+        for step in shard.touched:
+            if step not in self._batches:  # nobody else begins batches
+                missing = int(plan.num_shards[step - first_step]) * len(arrays)
+                batch = _Batch(self._new_buffers(), missing)
+                with self._changed:
+                    self._batches[step] = batch
+        batches = [self._batches[step] for step in shard.steps.tolist()]
+        positions = shard.positions.tolist()
+        for column, array in enumerate(arrays):
+            places = [
+                batch.buffers.parts[column][position]
+                for batch, position in zip(batches, positions, strict=True)
+            ]
+            self._fetcher.add(Unit(array, shard.shard, shard.records, places, shard.touched))
 
-    def _expect(self, ahead: npt.NDArray[np.int64], first_step: int) -> None:
-        """Tells every window which rows the rest of the epoch asks it for."""
-        steps = range(first_step, first_step + len(ahead))
-        flipped = np.array([self._flipped(step) for step in steps]) if self._views else None
-        for views in self._windows:
-            for view, window in enumerate(views):
-                window.expect(ahead if flipped is None else ahead[flipped == view])
+    def _done(self, unit: Unit) -> None:
+        """Called by a thread of the fetcher."""
+        with self._changed:
+            for step in unit.steps:
+                batch = self._batches.get(step)
+                if batch is None:  # the reader was left
+                    return
+                batch.num_missing -= 1
+                batch.error = batch.error or unit.error
+                if batch.error or not batch.num_missing:
+                    self._changed.notify_all()
 
-    def _flipped(self, step: int) -> npt.NDArray[np.bool_] | None:
-        return self._views(step)[self._slice] if self._views else None
+    def _new_buffers(self) -> Buffers:
+        """Buffers of a released batch, else fresh ones."""
+        with self._changed:
+            if self._free:
+                return self._free.pop()
+        self._num_buffers += 1
+        rows = self._slice.stop - self._slice.start
+        return Buffers(rows, self._record_bytes, self._pin)
 
+    @property
+    def _record_bytes(self) -> list[int]:
+        return [array.spec.layout.record_bytes for array in self._arrays[0]]
 
-def _take(
-    views: tuple[_Window, ...],
-    rows: npt.NDArray[np.int64],
-    flipped: npt.NDArray[np.bool_] | None,
-) -> npt.NDArray[np.generic]:
-    """The records of `rows`, each from the view that is drawn for it."""
-    if flipped is None:
-        return views[0].take(rows)
-    plain, mirrored = views[0].take(rows[~flipped]), views[1].take(rows[flipped])
-    records = np.empty((len(rows), *plain.shape[1:]), plain.dtype)
-    records[~flipped], records[flipped] = plain, mirrored
-    return records
-
-
-class _Window:
-    """The shards of one array in use, each held until its last row of the epoch is read."""
-
-    def __init__(self, array: SealedArray):
-        self._array = array
-        self._records: dict[int, npt.NDArray[np.uint8]] = {}
-        self._buffers: dict[int, bytearray] = {}
-        self._spare: list[bytearray] = []
-        self._left = np.zeros(array.spec.num_shards, np.int64)
-
-    def expect(self, rows: npt.NDArray[np.int64]) -> None:
-        """Tells which rows will be asked for until the next call."""
-        shards = rows.reshape(-1) // self._array.spec.layout.shard_rows
-        self._left = np.bincount(shards, minlength=self._array.spec.num_shards)
-        for shard in [shard for shard in self._records if not self._left[shard]]:
-            self._release(shard)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
-        """Copies the records of `rows`, in their order."""
-        layout = self._array.spec.layout
-        shards, inside = np.divmod(rows, layout.shard_rows)
-        gathered = np.empty((len(rows), layout.record_bytes), np.uint8)
-        # Shards in hand first: most end here, and make room before others are read.
-        for shard in sorted(np.unique(shards), key=lambda shard: shard not in self._records):
-            here = np.flatnonzero(shards == shard)
-            gathered[here] = self._shard(int(shard))[inside[here]]
-            self._left[shard] -= len(here)
-            if self._left[shard] <= 0:
-                self._release(int(shard))
-        return as_rows(gathered, layout)
-
-    def _shard(self, shard: int) -> npt.NDArray[np.uint8]:
-        if shard not in self._records:
-            buffer = self._spare.pop() if self._spare else self._array.new_buffer()
-            self._records[shard] = self._array.read_shard(shard, buffer)
-            self._buffers[shard] = buffer
-        return self._records[shard]
-
-    def _release(self, shard: int) -> None:
-        del self._records[shard]
-        self._spare.append(self._buffers.pop(shard))
+    @property
+    def _batch_bytes(self) -> int:
+        rows: int = self._slice.stop - self._slice.start
+        return max(1, rows * sum(self._record_bytes))

@@ -23,6 +23,7 @@ FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 20.0
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
+READING_SILENCE_SECONDS = 10.0
 # One answer takes at most SILENCE_SECONDS and a second for each of these.
 SLOWEST_BYTES_PER_SECOND = 2**20
 
@@ -78,9 +79,9 @@ class RetryPolicy:
     silence_seconds: float = SILENCE_SECONDS  # without a byte from the server
 
     @classmethod
-    def from_environment(cls) -> RetryPolicy:
+    def from_environment(cls, **defaults: float) -> RetryPolicy:
         """The defaults, changed by REPA_STORE_*; raises ConfigError for what is no number > 0."""
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = dict(defaults)
         for field in fields(cls):
             name = f"REPA_STORE_{field.name.upper()}"
             text = os.environ.get(name)
@@ -94,6 +95,11 @@ class RetryPolicy:
                 raise ConfigError(f"{name} is {text!r}, expected a number above 0")
             given[field.name] = value
         return cls(**given)
+
+    @classmethod
+    def for_training(cls) -> RetryPolicy:
+        """A range that says nothing for READING_SILENCE_SECONDS is asked for anew: steps wait."""
+        return cls.from_environment(silence_seconds=READING_SILENCE_SECONDS)
 
     def delay(self, attempt: int) -> float:
         """Seconds to wait after attempt 1, 2, ...: half to all of a doubling, limited step."""

@@ -167,28 +167,37 @@ class S3Store(RemoteStore):
         return self._get(key, _whole)
 
     def _read_into(self, key: str, buffer: memoryview) -> int:
-        async def fill(body: Any, length: int) -> int:
-            room, count = min(length, len(buffer)), 0
-            while count < room:
-                piece = await body.read(min(room - count, _PIECE_BYTES))
-                if not piece:
-                    raise Passing(f"{count} bytes of {length}")
-                buffer[count : count + len(piece)] = piece
-                count += len(piece)
-            return min(length, len(buffer) + 1)
-
-        return self._get(key, fill)
+        return self._get(key, partial(_fill, buffer))
 
     def _read_range(self, key: str, start: int, num_bytes: int) -> bytes:
+        data = self._get_range(key, start, num_bytes, _whole)
+        if data is None:
+            return b""
+        if len(data) > num_bytes:
+            raise self._not_a_range(key)
+        return data
+
+    def _read_range_into(self, key: str, start: int, buffer: memoryview) -> int:
+        count = self._get_range(key, start, len(buffer), partial(_fill, buffer))
+        if count is None:
+            return 0
+        if count > len(buffer):
+            raise self._not_a_range(key)
+        return count
+
+    def _get_range(
+        self, key: str, start: int, num_bytes: int, take: Callable[[Any, int], Awaitable[T]]
+    ) -> T | None:
+        """One GET of a range; None where the object ends before it."""
         try:
-            data = self._get(key, _whole, Range=f"bytes={start}-{start + num_bytes - 1}")
+            return self._get(key, take, Range=f"bytes={start}-{start + num_bytes - 1}")
         except OSError as error:
             if answer_of(error)[0] != 416:
                 raise
-            return b""
-        if len(data) > num_bytes:
-            raise DamagedError(f"{self.url}/{key}: the server gives whole objects, not ranges")
-        return data
+            return None
+
+    def _not_a_range(self, key: str) -> DamagedError:
+        return DamagedError(f"{self.url}/{key}: the server gives whole objects, not ranges")
 
     def _size(self, key: str) -> int:
         return int(self._call("head_object", self._place(key))["ContentLength"])
@@ -199,6 +208,18 @@ class S3Store(RemoteStore):
 
     def _remove(self, key: str) -> None:
         self._call("delete_object", self._place(key))
+
+
+async def _fill(buffer: memoryview, body: Any, length: int) -> int:
+    """Fills `buffer` from a body of `length` bytes; returns them, at most len(buffer) + 1."""
+    room, count = min(length, len(buffer)), 0
+    while count < room:
+        piece = await body.read(min(room - count, _PIECE_BYTES))
+        if not piece:
+            raise Passing(f"{count} bytes of {length}")
+        buffer[count : count + len(piece)] = piece
+        count += len(piece)
+    return min(length, len(buffer) + 1)
 
 
 async def _whole(body: Any, length: int) -> bytes:

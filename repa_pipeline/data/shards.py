@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline.data import tarshards
+from repa_pipeline.data.checksum import Crcs, crc32c
 from repa_pipeline.errors import DamagedError, UnknownNameError
 
 CONTAINERS = ("zarr", "webdataset")
@@ -30,6 +31,7 @@ _ABSENT = np.uint64(2**64 - 1)
 _MOST_ROWS_NAMED = 8
 
 Buffer = memoryview | bytes | bytearray
+Table = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,15 @@ class RecordLayout:
         if self.container == "zarr":
             return self.record_bytes + _CRC_BYTES
         return tarshards.stride(self.shape, self.dtype)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes behind a record that belong to it: its checksum, or a tar's padding."""
+        return self.stride - self.record_offset - self.record_bytes
+
+    def end(self, num_rows: int) -> bytes:
+        """What stands behind the last record of a shard of `num_rows` rows."""
+        return _zarr_index(num_rows, self) if self.container == "zarr" else tarshards.END
 
     def shard_bytes(self, num_rows: int) -> int:
         """Bytes of a shard object that holds `num_rows` rows."""
@@ -105,7 +116,7 @@ def pack_into(
     else:
         crcs = _pack_zarr_records(table, records)
     shard[table.size :] = end
-    return _digest(crcs)
+    return digest_of(crcs)
 
 
 def check_shard(
@@ -115,7 +126,7 @@ def check_shard(
     where: str,
     first_row: int = 0,
     advice: str = REPAIR,
-) -> tuple[npt.NDArray[np.uint8], str]:
+) -> tuple[Table, str]:
     """Checks every byte of a shard: (its records, its digest).
 
     Returns uint8 [num_rows, record_bytes], a view of `shard`, row i being record i. Raises
@@ -129,64 +140,88 @@ def check_shard(
             f"{advice}"
         )
     table, end = _split(shard, num_rows, layout)
+    rows = range(first_row, first_row + num_rows)
+    heads, records, tails = split_records(table, layout)
+    crcs, damaged = check_records(layout, rows, heads, records, tails)
+    check_sound(layout, damaged, bytes(memoryview(shard)[table.size :]) == end, where, advice)
+    return records, digest_of(crcs)
+
+
+def split_records(table: Table, layout: RecordLayout) -> tuple[Table, Table, Table]:
+    """Views of table uint8 [n, stride]: what stands before each record, records, and behind."""
+    start, stop = layout.record_offset, layout.record_offset + layout.record_bytes
+    return table[:, :start], table[:, start:stop], table[:, stop:]
+
+
+def check_records(
+    layout: RecordLayout, rows: Sequence[int], heads: Table, records: Iterable[Any], tails: Table
+) -> tuple[Crcs, list[int]]:
+    """Checks records, wherever they lie: (crc32c of each, rows of the damaged ones).
+
+    heads, tails: uint8 [n, ...], what stands before and behind each record in its shard;
+    records: n contiguous buffers; rows: which they are. The crc32c are those that make a digest.
+    """
     if layout.container == "webdataset":
-        crcs, damaged = tarshards.check_records(table, layout.shape, layout.dtype, first_row)
+        crcs, sound = tarshards.check_members(
+            heads, records, tails, rows, layout.shape, layout.dtype
+        )
     else:
-        crcs, damaged = _check_zarr_records(table)
+        crcs = np.fromiter(map(crc32c, records), np.uint32, len(rows))
+        sound = crcs == _stored_crcs(tails)
+    return crcs, [rows[i] for i in np.flatnonzero(~sound).tolist()]
+
+
+def unread_crcs(layout: RecordLayout, heads: Table, tails: Table) -> Crcs:
+    """The crc32c that `check_records` would find for sound records, without reading them."""
+    if layout.container == "webdataset":
+        return tarshards.named_crcs(heads, layout.shape, layout.dtype)
+    return _stored_crcs(tails)
+
+
+def check_sound(
+    layout: RecordLayout, damaged: Sequence[int], is_end_sound: bool, where: str, advice: str
+) -> None:
+    """Raises DamagedError naming damaged rows, or the end of a shard."""
     if damaged:
-        rows = _name_rows([first_row + i for i in damaged])
-        raise DamagedError(f"{where}: {rows} crc32c checksum; {advice}")
-    if memoryview(shard)[table.size :] != end:
+        raise DamagedError(f"{where}: {_name_rows(damaged)} crc32c checksum; {advice}")
+    if not is_end_sound:
         what = "shard index" if layout.container == "zarr" else "end of the tar"
         raise DamagedError(f"{where}: the {what} is damaged; {advice}")
-    start = layout.record_offset
-    return table[:, start : start + layout.record_bytes], _digest(crcs)
 
 
 def read_records(
     shard: Buffer, num_rows: int, layout: RecordLayout, where: str, first_row: int = 0
-) -> npt.NDArray[np.uint8]:
+) -> Table:
     """The records of a shard, checked: uint8 [num_rows, record_bytes]; see `check_shard`."""
     return check_shard(shard, num_rows, layout, where, first_row)[0]
 
 
-def as_rows(records: npt.NDArray[np.uint8], layout: RecordLayout) -> npt.NDArray[np.generic]:
+def as_rows(records: Table, layout: RecordLayout) -> npt.NDArray[np.generic]:
     """Copies uint8 [n, record_bytes] into a contiguous [n, *shape] of the layout's dtype."""
     flat = np.ascontiguousarray(records).view(np.dtype(layout.dtype))
     return flat.reshape(len(records), *layout.shape)
 
 
-def _split(
-    shard: Buffer, num_rows: int, layout: RecordLayout
-) -> tuple[npt.NDArray[np.uint8], bytes]:
+def _split(shard: Buffer, num_rows: int, layout: RecordLayout) -> tuple[Table, bytes]:
     """The records' part of a shard as uint8 [num_rows, stride], and what must stand behind it."""
     body = num_rows * layout.stride
     table = np.frombuffer(shard, np.uint8, body).reshape(num_rows, layout.stride)
-    end = _zarr_index(num_rows, layout) if layout.container == "zarr" else tarshards.END
-    return table, end
+    return table, layout.end(num_rows)
 
 
-def _pack_zarr_records(
-    table: npt.NDArray[np.uint8], records: npt.NDArray[np.generic]
-) -> npt.NDArray[np.uint32]:
+def _pack_zarr_records(table: Table, records: npt.NDArray[np.generic]) -> Crcs:
     crcs = np.empty(len(records), "<u4")
     for i, place in enumerate(table):
-        # One copy serves any memory order and the library, which takes bytes alone, while the
-        # record is still in the processor's cache.
-        record = records[i].tobytes()
-        crcs[i] = google_crc32c.value(record)
-        place[:-_CRC_BYTES] = np.frombuffer(record, np.uint8)
+        # From any memory order; its checksum is taken while it is in the processor's cache.
+        record = place[:-_CRC_BYTES]
+        np.copyto(record.view(records.dtype).reshape(records.shape[1:]), records[i])
+        crcs[i] = crc32c(record)
     table[:, -_CRC_BYTES:] = crcs.view(np.uint8).reshape(-1, _CRC_BYTES)
     return crcs
 
 
-def _check_zarr_records(
-    table: npt.NDArray[np.uint8],
-) -> tuple[npt.NDArray[np.uint32], list[int]]:
-    stored = np.ascontiguousarray(table[:, -_CRC_BYTES:]).view("<u4")[:, 0]
-    values = [google_crc32c.value(place[:-_CRC_BYTES].tobytes()) for place in table]
-    crcs = np.array(values, "<u4")
-    return crcs, np.flatnonzero(crcs != stored).tolist()
+def _stored_crcs(tails: Table) -> Crcs:
+    return np.ascontiguousarray(tails).view("<u4")[:, 0]
 
 
 def _zarr_index(num_rows: int, layout: RecordLayout) -> bytes:
@@ -194,10 +229,11 @@ def _zarr_index(num_rows: int, layout: RecordLayout) -> bytes:
     entries[:num_rows, 0] = np.arange(num_rows, dtype=np.uint64) * np.uint64(layout.stride)
     entries[:num_rows, 1] = layout.stride
     index = entries.tobytes()
-    return index + int(google_crc32c.value(index)).to_bytes(_CRC_BYTES, "little")
+    return index + int(crc32c(index)).to_bytes(_CRC_BYTES, "little")
 
 
-def _digest(crcs: npt.NDArray[np.uint32]) -> str:
+def digest_of(crcs: Crcs) -> str:
+    """A shard's digest from the crc32c of all its records."""
     return DIGEST + hashlib.sha256(crcs.astype("<u4").tobytes()).hexdigest()
 
 

@@ -11,12 +11,16 @@ leaves unused at the header's end, so a shard can be checked without its seal.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from repa_pipeline.data.checksum import Crcs, crc32c, join
+
 _BLOCK_BYTES = 512
+_CRC_AT = 500
 END = bytes(2 * _BLOCK_BYTES)
 
 Table = npt.NDArray[np.uint8]
@@ -70,33 +74,61 @@ def pack_records(
     table[:, _BLOCK_BYTES:start] = np.frombuffer(npy_header(shape, dtype), np.uint8)
     table[:, start + size :] = 0
     num_bytes = _content_bytes(shape, dtype)
-    crcs = np.empty(len(records), np.uint32)
+    headers, contents = np.empty((2, len(records)), np.uint32)
     for i, member in enumerate(table):
-        member[start : start + size] = np.frombuffer(records[i].tobytes(), np.uint8)
-        content = member[_BLOCK_BYTES:].tobytes()
-        header = member_header(first_row + i, num_bytes, google_crc32c.value(content))
+        record = member[start : start + size].view(records.dtype).reshape(shape)
+        np.copyto(record, records[i])
+        contents[i] = crc32c(member[_BLOCK_BYTES:])
+        header = member_header(first_row + i, num_bytes, int(contents[i]))
+        headers[i] = crc32c(header)
         member[:_BLOCK_BYTES] = np.frombuffer(header, np.uint8)
-        crcs[i] = google_crc32c.extend(google_crc32c.value(header), content)
-    return crcs
+    return join(headers, contents, table.shape[1] - _BLOCK_BYTES)
 
 
-def check_records(
-    table: Table, shape: tuple[int, ...], dtype: str, first_row: int
-) -> tuple[npt.NDArray[np.uint32], list[int]]:
-    """Checks members uint8 [n, stride]: (crc32c of each, positions of the damaged ones).
+def check_members(
+    heads: Table,
+    records: Iterable[Any],
+    tails: Table,
+    rows: Sequence[int],
+    shape: tuple[int, ...],
+    dtype: str,
+) -> tuple[Crcs, npt.NDArray[np.bool_]]:
+    """Checks members in three parts: (crc32c of each whole one, bool: which are sound).
 
-    A sound member has, to the bit, the header that belongs to its row and content, and the .npy
-    header of this shape and dtype.
+    heads: uint8 [n, record_offset]; records: n contiguous buffers; tails: their padding. A sound
+    member has, to the bit, the header that belongs to its row and content, and the .npy header of
+    this shape and dtype.
     """
     num_bytes, npy = _content_bytes(shape, dtype), npy_header(shape, dtype)
-    crcs, damaged = np.empty(len(table), np.uint32), []
-    for i, member in enumerate(table):
-        header, content = member[:_BLOCK_BYTES].tobytes(), member[_BLOCK_BYTES:].tobytes()
-        expected = member_header(first_row + i, num_bytes, google_crc32c.value(content))
-        if header != expected or not content.startswith(npy):
-            damaged.append(i)
-        crcs[i] = google_crc32c.extend(google_crc32c.value(header), content)
-    return crcs, damaged
+    start = crc32c(npy)
+    headers, contents = np.empty((2, len(rows)), np.uint32)
+    sound = np.empty(len(rows), np.bool_)
+    for i, (head, record, tail) in enumerate(zip(heads, records, tails, strict=True)):
+        has_npy = head[_BLOCK_BYTES:].tobytes() == npy
+        before = start if has_npy else crc32c(head[_BLOCK_BYTES:])
+        contents[i] = crc32c(tail, crc32c(record, before))
+        header = head[:_BLOCK_BYTES].tobytes()
+        headers[i] = crc32c(header)
+        sound[i] = has_npy and header == member_header(rows[i], num_bytes, int(contents[i]))
+    return join(headers, contents, stride(shape, dtype) - _BLOCK_BYTES), sound
+
+
+def named_crcs(heads: Table, shape: tuple[int, ...], dtype: str) -> Crcs:
+    """The crc32c of whole members from their heads, which name that of their content.
+
+    A header that names none gives another value than any sound member's.
+    """
+    headers, contents = np.empty((2, len(heads)), np.uint32)
+    for i, head in enumerate(heads):
+        header = head[:_BLOCK_BYTES].tobytes()
+        headers[i] = crc32c(header)
+        named = header[_CRC_AT : _CRC_AT + 8]
+        contents[i] = int(named, 16) if _is_hex(named) else 0
+    return join(headers, contents, stride(shape, dtype) - _BLOCK_BYTES)
+
+
+def _is_hex(text: bytes) -> bool:
+    return not text.strip(b"0123456789abcdef")
 
 
 def _content_bytes(shape: tuple[int, ...], dtype: str) -> int:

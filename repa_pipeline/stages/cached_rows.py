@@ -7,24 +7,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline.config import EMBEDDED, EncodeConfig
 from repa_pipeline.config_exchange import ExportConfig, InspectConfig
-from repa_pipeline.data import tarshards
 from repa_pipeline.data.array import SealedArray
 from repa_pipeline.data.codec import codec_of
 from repa_pipeline.data.index import Index
-from repa_pipeline.data.shards import as_rows
+from repa_pipeline.data.shards import as_rows, check_records, split_records
 from repa_pipeline.errors import DamagedError, MissingError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Records = npt.NDArray[np.generic]
-_CRC_BYTES = 4
 _READERS = 8
 
 _log = logging.getLogger(__name__)
@@ -62,15 +59,11 @@ def _read_record(array: SealedArray, row: int) -> npt.NDArray[np.uint8]:
             f"{where} is missing or short, row {row} cannot be read; {array.spec.advice}"
         ) from error
     block = np.frombuffer(data, np.uint8)
-    if layout.container == "webdataset":
-        _, damaged = tarshards.check_records(block[None], layout.shape, layout.dtype, row)
-        is_sound = not damaged
-    else:
-        stored = int.from_bytes(data[-_CRC_BYTES:], "little")
-        is_sound = google_crc32c.value(data[:-_CRC_BYTES]) == stored
-    if not is_sound:
+    heads, records, tails = split_records(block[None], layout)
+    if check_records(layout, [row], heads, records, tails)[1]:
         raise DamagedError(f"{where}: row {row} fails its crc32c checksum; {array.spec.advice}")
-    return block[layout.record_offset : layout.record_offset + layout.record_bytes]
+    record: npt.NDArray[np.uint8] = records[0]
+    return record
 
 
 def decoded_tokens(

@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping
 
 from repa_pipeline.data.array import ArraySpec
+from repa_pipeline.data.fetch import num_ranges
 
-RANGE_BYTES = 16 * 2**20  # of records, what the trainer asks for with one GET
 # Objects that making the index writes: claim, listing, index.parquet, manifest.json; and a part
 # and its record for so many images.
 _INDEX_PUTS = 4
@@ -244,9 +244,9 @@ def _read_bytes(arrays: tuple[ArraySpec, ...]) -> int:
 
 
 def epoch_gets(arrays: tuple[ArraySpec, ...]) -> int:
-    """Requests of RANGE_BYTES of records that read every shard once."""
+    """Requests of the trainer that read every shard once."""
     return sum(
-        math.ceil(array.layout.rows_of(k, array.num_rows) * array.layout.record_bytes / RANGE_BYTES)
+        num_ranges(array.layout, array.layout.rows_of(k, array.num_rows))
         for array in arrays
         for k in range(array.num_shards)
     )

@@ -28,7 +28,7 @@ from repa_pipeline.stages.flops import latent_training_flops
 from repa_pipeline.training.batches import BatchMaker, Online, mirrored_views
 from repa_pipeline.training.checkpointer import load_newest
 from repa_pipeline.training.diagnosis import explain
-from repa_pipeline.training.inputs import CacheInputs, open_inputs
+from repa_pipeline.training.inputs import CacheInputs, open_inputs, read_options
 from repa_pipeline.training.outputs import Outputs
 from repa_pipeline.training.parallel import gradients_shared, prepare_blocks, shared_loss
 from repa_pipeline.training.runs import Run, default_name, locked, open_run
@@ -301,6 +301,7 @@ def _reader(plan: TrainPlan, phase: Phase, steps: range, world: World) -> Reader
         world_size=world.size,
         mirrored=inputs.mirrored[:count],
         views=functools.partial(mirrored_views, config),
+        **read_options(config, plan.device),
     )
 
 

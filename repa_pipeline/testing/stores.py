@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from repa_pipeline.data.objects import ObjectStore
-from repa_pipeline.errors import MissingError
+from repa_pipeline.errors import DamagedError, MissingError
 
 Check = Callable[[ObjectStore], None]
 NUM_RACERS = 16
@@ -70,6 +70,20 @@ def read_into_fills_a_buffer(store: ObjectStore) -> None:
         _expect("read_into", store.read_into("k", memoryview(buffer)), expected)
         _expect("buffer", bytes(buffer[:10]), b"0123456789"[:room])
         _expect("rest of the buffer", bytes(buffer[10:]), bytes(max(0, room - 10)))
+
+
+def ranges_are_exact(store: ObjectStore) -> None:
+    """`read_range` and `read_range_into` give exactly those bytes, and refuse a shorter object."""
+    store.put_new("k", b"0123456789")
+    for start, count in ((0, 10), (3, 4), (9, 1), (4, 0)):
+        _expect("read_range", store.read_range("k", start, count), b"0123456789"[start:][:count])
+        buffer = bytearray(b"-" * count)
+        store.read_range_into("k", start, memoryview(buffer))
+        _expect("read_range_into", bytes(buffer), b"0123456789"[start:][:count])
+    for start, count in ((0, 11), (9, 2), (10, 1), (50, 5)):
+        _expect_short(store.read_range, "k", start, count)
+        _expect_short(store.read_range_into, "k", start, memoryview(bytearray(count)))
+    _expect_missing(store.read_range_into, "other", 0, memoryview(bytearray(3)))
 
 
 def listing_is_one_level(store: ObjectStore) -> None:
@@ -149,6 +163,14 @@ def _expect_missing(read: Callable[..., Any], *arguments: Any) -> None:
     raise AssertionError("reading an absent object: expected MissingError")
 
 
+def _expect_short(read: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        read(*arguments)
+    except DamagedError:
+        return
+    raise AssertionError("reading behind an object's end: expected DamagedError")
+
+
 def _by_name(*checks: Check) -> Mapping[str, Check]:
     return {check.__name__: check for check in checks}
 
@@ -158,6 +180,7 @@ CHECKS = _by_name(
     what_is_put_comes_back,
     put_new_keeps_what_stands,
     read_into_fills_a_buffer,
+    ranges_are_exact,
     listing_is_one_level,
     child_is_a_prefix,
 )

@@ -15,6 +15,7 @@ from repa_pipeline.data.codec import Codec, codec_of
 from repa_pipeline.data.index import read_labels, read_manifest
 from repa_pipeline.data.names import MIRRORED, SCALE, parse_name
 from repa_pipeline.data.objects import ObjectStore, open_store
+from repa_pipeline.data.retry import RetryPolicy
 from repa_pipeline.encoders import EncoderSpec
 from repa_pipeline.errors import ConfigError, MismatchError, MissingError
 from repa_pipeline.methods.base import FeatureInfo, Inputs
@@ -131,7 +132,7 @@ def open_inputs(
     MissingError for what is absent or unsealed, ConfigError where "auto" would be a guess,
     MismatchError or DamagedError for arrays that do not fit.
     """
-    store = open_store(config.workspace).child("cache")
+    store = open_store(config.workspace, retry=RetryPolicy.for_training()).child("cache")
     manifest = read_manifest(store)
     latents = open_sealed(store, _choose_latents(store, config), "encode-latents")
     resolution = latents.spec.manifest["resolution"]
@@ -286,3 +287,14 @@ def _check_prepared_alike(array: SealedArray, latents: SealedArray) -> None:
             f"{array.where} saw other images than {latents.spec.name}: {name} is {here!r}, "
             f"expected {there!r}; encode both with the same settings"
         )
+
+
+def read_options(config: TrainConfig, device: str) -> dict[str, Any]:
+    """How `Reader` reads, as keyword arguments."""
+    return {
+        "read_threads": config.read_threads,
+        "read_ahead_bytes": int(config.read_ahead_gb * 1e9),
+        "local_copy": config.local_copy,
+        "local_copy_bytes": int(config.local_copy_gb * 1e9),
+        "pin": device.startswith("cuda"),
+    }

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from repa_pipeline.config import EncodeAllConfig
 from repa_pipeline.config_plan import PlanConfig
 from repa_pipeline.config_train import TrainConfig
-from repa_pipeline.data.objects import LocalStore
+from repa_pipeline.data.objects import LocalStore, RemoteStore
 from repa_pipeline.data.order import Order
 from repa_pipeline.data.reader import Reader
 from repa_pipeline.engine.local import LocalExecutor
@@ -286,21 +287,26 @@ def test_an_epoch_reads_every_shard_of_both_views(
         needs=frozenset({"direction", "magnitude"}),
     )
     reads: list[str] = []
-    original = LocalStore.read_into
+    original = RemoteStore.read_range_into
 
-    def counted(self: LocalStore, key: str, buffer: memoryview) -> int:
-        reads.append(key)
-        return original(self, key, buffer)
+    def counted(self: RemoteStore, key: str, start: int, buffer: memoryview) -> None:
+        reads.append(f"{key} {start}")
+        original(self, key, start, buffer)
 
-    monkeypatch.setattr(LocalStore, "read_into", counted)
+    monkeypatch.setattr(RemoteStore, "read_range_into", counted)
+    remote = RemoteStore(f"file://{tmp_path}/work/cache", LocalFileSystem())
+    arrays, mirrored = (
+        [dataclasses.replace(array, store=remote) for array in some]
+        for some in (inputs.arrays, inputs.mirrored)
+    )
     order = Order(64, 16, 8, seed=0)
     flips = np.random.default_rng(0).random((8, 8)) < 0.5
     with Reader(
-        inputs.arrays,
+        arrays,
         order,
         first_step=0,
         last_step=8,
-        mirrored=inputs.mirrored,
+        mirrored=mirrored,
         views=lambda step: flips[step],
     ) as reader:
         assert len(list(reader)) == 8

@@ -47,7 +47,7 @@ def read(inputs: CacheInputs, config: Any, rank: int = 0, world_size: int = 1) -
         mirrored=inputs.mirrored,
         views=functools.partial(mirrored_views, config),
     ) as reader:
-        return list(reader)
+        return [records.copy() for records in reader]
 
 
 def test_a_row_comes_from_the_drawn_view_in_every_array(cache: ToyCache, tmp_path: Path) -> None:
