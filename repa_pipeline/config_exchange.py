@@ -92,6 +92,9 @@ class ImportConfig(IndexConfig):
         "Attention heads of a checkpoint's model (0: as the table says for its size).",
         check=check_not_negative,
     )
+    resolution: int = setting(
+        0, "Pixels of a checkpoint that does not tell (diffusers' DiT).", check=check_not_negative
+    )
     autoencoder: str = setting(
         "sd-vae-ft-ema", "Autoencoder that made the latents, by table name.", decides=True
     )

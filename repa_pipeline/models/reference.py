@@ -11,8 +11,8 @@ import argparse
 import dataclasses
 import math
 import os
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,7 +179,8 @@ def load_reference_checkpoint(
     """
     content = read_plain(path)
     bare = "pos_embed" in content
-    args = {} if bare else dict(vars(content.get("args") or argparse.Namespace()))
+    given = content.get("args")
+    args = dict(vars(given)) if isinstance(given, argparse.Namespace) and not bare else {}
     states = {}
     for part in ("model", "ema"):
         state = content if bare else content.get(part)
@@ -209,8 +210,12 @@ def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, not read: the optimizer's state is half of the file and is not wanted.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            is_mappable = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+    except (OSError, MemoryError):
+        raise
+    # A foreign file can fail anywhere in torch's restricted unpickler, with any kind of error.
+    except Exception as error:
         raise DataError(
             f"{os.fspath(path)} cannot be read as a checkpoint: {error}; expected a file of the "
             "reference code, of tensors and plain values only"

@@ -1,7 +1,8 @@
 """`repa import FILE.pt --name NAME`: a checkpoint of others becomes a run that can be sampled.
 
 Read are checkpoints of the reference's code (either naming, projectors of any width; a bare state
-dict too) and folders of `repa export --to safetensors`. They hold no optimizer and no place in
+dict too), published DiTs (the authors' and diffusers' names) and folders of `repa export --to
+safetensors`. They hold no optimizer and no place in
 the data, so such a run is sampled, never trained on. Nothing in a file is executed.
 """
 
@@ -24,9 +25,10 @@ from repa_pipeline.data.names import ArrayName
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
 from repa_pipeline.encoders import ALIASES
 from repa_pipeline.errors import ConfigError, DataError, MismatchError, MissingError
-from repa_pipeline.methods import METHODS
+from repa_pipeline.methods import METHODS, auto_method
 from repa_pipeline.methods.base import FeatureInfo, Inputs
 from repa_pipeline.models import MODELS, ModelSpec
+from repa_pipeline.models.published_dit import load_published_dit
 from repa_pipeline.models.reference import (
     ReferenceCheckpoint,
     family_of,
@@ -53,10 +55,6 @@ from repa_pipeline.weights import load_state
 
 State = dict[str, Tensor]
 
-_METHODS = {
-    False: "repa_pipeline.methods.sit:SiTMethod",
-    True: "repa_pipeline.methods.repa:RepaMethod",
-}
 # Settings whose names differ in the reference's args; the others that count are read one by one.
 _SETTINGS = {
     "path": "path_type",
@@ -204,14 +202,16 @@ def _trusted(about: Mapping[str, Any], plugins: tuple[str, ...], folder: Path) -
 
 def _read_file(config: ImportConfig, path: Path) -> ImportedModel:
     content = read_plain(path)
-    found = content if "pos_embed" in content else content.get("ema")
+    found = content if any(hasattr(v, "shape") for v in content.values()) else content.get("ema")
     family = family_of(found) if isinstance(found, Mapping) else None
     if family == "dit":
-        raise ConfigError(f"{path} holds a DiT: this version imports SiT")
-    del content, found  # mapped files; read again as a whole
-    checkpoint = load_reference_checkpoint(path, num_heads=config.num_heads or None)
+        checkpoint = _read_dit(config, path, found)
+    else:
+        del content, found  # mapped; read again, with what is wrong with it
+        family = "sit"
+        checkpoint = load_reference_checkpoint(path, num_heads=config.num_heads or None)
     digest = file_digest(path)
-    about = _describe(config, checkpoint)
+    about = _describe(config, checkpoint, family)
     about["class_names"] = None
     resolution = about["inputs"]["resolution"]
     teachers = [feature["name"] for feature in about["inputs"]["features"]]
@@ -229,6 +229,20 @@ def _read_file(config: ImportConfig, path: Path) -> ImportedModel:
     return ImportedModel({**states, "optimizer": None, "about": about}, int(step), digest)
 
 
+def _read_dit(config: ImportConfig, path: Path, state: Any) -> ReferenceCheckpoint:
+    """A published DiT; its averaged weights stand for the trained ones too."""
+    autoencoder = autoencoder_spec(config, config.autoencoder)
+    is_diffusers = any(key.startswith("transformer_blocks.") for key in state)
+    if is_diffusers and not config.resolution:
+        raise ConfigError(
+            f"{path} has diffusers' names, which do not tell the size of the images: give "
+            "--resolution 256 or 512"
+        )
+    size = autoencoder.latent_shape(config.resolution)[-1] if is_diffusers else 0
+    shape, found = load_published_dit(path, input_size=size, num_heads=config.num_heads or None)
+    return ReferenceCheckpoint(shape, found, found, {}, {}, None)
+
+
 def _join(trunk: Mapping[str, Tensor], projectors: Mapping[str, Tensor]) -> State:
     """Both under our names, as tensors of their own: a mapped file may go away."""
     named = {f"{TRUNK}{key}": value for key, value in trunk.items()}
@@ -236,7 +250,7 @@ def _join(trunk: Mapping[str, Tensor], projectors: Mapping[str, Tensor]) -> Stat
     return {key: value.clone() for key, value in named.items()}
 
 
-def _describe(config: ImportConfig, checkpoint: ReferenceCheckpoint) -> dict[str, Any]:
+def _describe(config: ImportConfig, checkpoint: ReferenceCheckpoint, family: str) -> dict[str, Any]:
     """What a checkpoint of ours says of itself."""
     shape, args = checkpoint.config, checkpoint.args
     if args.get("prediction", "v") != "v":
@@ -244,7 +258,7 @@ def _describe(config: ImportConfig, checkpoint: ReferenceCheckpoint) -> dict[str
             f"the checkpoint predicts '{args['prediction']}': this package's SiT predicts 'v'"
         )
     latents = _latents(config, shape, args)
-    spec = _model_spec(shape, args)
+    spec = _model_spec(shape, args, family)
     features = _features(checkpoint, spec)
     inputs = Inputs(
         resolution=latents["resolution"],
@@ -254,7 +268,8 @@ def _describe(config: ImportConfig, checkpoint: ReferenceCheckpoint) -> dict[str
         features=features,
     )
     trained = _settings(config, checkpoint, spec, features)
-    return describe_run(_METHODS[bool(features)], trained, spec, inputs, latents)
+    method = METHODS[auto_method(family, aligned=bool(features))]
+    return describe_run(method.loader, trained, spec, inputs, latents)
 
 
 def _latents(config: ImportConfig, shape: SiTConfig, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,20 +297,21 @@ def _latents(config: ImportConfig, shape: SiTConfig, args: Mapping[str, Any]) ->
     }
 
 
-def _model_spec(shape: SiTConfig, args: Mapping[str, Any]) -> ModelSpec:
+def _model_spec(shape: SiTConfig, args: Mapping[str, Any], family: str) -> ModelSpec:
     """The table's entry of these sizes, or one made of them."""
     if shape.mlp_ratio != 4.0:
         raise ConfigError(
             f"the checkpoint's MLPs are {shape.mlp_ratio:g} times as wide as its tokens, expected 4"
         )
     sizes = (shape.depth, shape.width, shape.num_heads, shape.patch_size)
-    for spec in MODELS.packaged.values():
-        found = (spec.depth, spec.width, spec.num_heads, spec.patch_size)
-        if spec.family == "sit" and found == sizes:
+    of_family = [spec for spec in MODELS.packaged.values() if spec.family == family]
+    for spec in of_family:
+        if (spec.depth, spec.width, spec.num_heads, spec.patch_size) == sizes:
             return spec
-    name = f"SiT-{shape.depth}x{shape.width}/{shape.patch_size}"
+    prefix = of_family[0].name.partition("-")[0]
+    name = f"{prefix}-{shape.depth}x{shape.width}/{shape.patch_size}"
     depth = int(args.get("encoder_depth") or max(1, shape.depth // 3))
-    return ModelSpec(name, *sizes, align_depth=depth)
+    return ModelSpec(name, *sizes, depth, family, of_family[0].loader)
 
 
 def _features(checkpoint: ReferenceCheckpoint, spec: ModelSpec) -> tuple[FeatureInfo, ...]:

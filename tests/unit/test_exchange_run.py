@@ -26,6 +26,8 @@ from repa_pipeline.errors import (
     RepaError,
     StageError,
 )
+from repa_pipeline.models import ModelSpec, build_model
+from repa_pipeline.models.published_dit import to_diffusers
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.export_run import export_run, plan_export, split_state
 from repa_pipeline.stages.import_run import ImportedModel, import_run, load_exported, read_model
@@ -406,13 +408,35 @@ def test_what_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_dit_is_told_apart(workspace: Path, tmp_path: Path) -> None:
-    content = torch.load(reference_file(workspace, tmp_path / "x.pt"), weights_only=False)
-    state = {k: v for k, v in content["ema"].items() if not k.startswith("projectors")}
-    state["final_layer.linear.weight"] = torch.cat([state["final_layer.linear.weight"]] * 2)
+def test_a_published_dit(workspace: Path, tmp_path: Path) -> None:
+    """Under its authors' names and under diffusers': the same model, told apart from a SiT."""
+    spec = ModelSpec("DiT-3x64/2", 3, 64, 2, 2, 1, "dit", "repa_pipeline.models.dit:build_dit")
+    torch.manual_seed(0)
+    trunk = build_model(spec, input_size=8, in_channels=4, num_classes=3)
+    for parameter in trunk.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    state = dict(trunk.state_dict())
     torch.save(state, tmp_path / "DiT-XL-2-256x256.pt")
-    with pytest.raises(ConfigError, match="DiT-XL-2-256x256.pt holds a DiT"):
-        read_model(import_config(workspace, tmp_path / "DiT-XL-2-256x256.pt"))
+    torch.save(to_diffusers(state), tmp_path / "diffusers.bin")
+    torch.save({"model": {}, "ema": state, "opt": {}, "args": None}, tmp_path / "trained.pt")
+    with pytest.raises(ConfigError, match="diffusers' names, which do not tell .* --resolution"):
+        read_model(import_config(workspace, tmp_path / "diffusers.bin"))
+    shots = []
+    for name in ("DiT-XL-2-256x256.pt", "diffusers.bin", "trained.pt"):
+        changes = {"resolution": 64} if name == "diffusers.bin" else {}
+        run = imported(workspace, tmp_path / name, f"dit-{name}", **changes)
+        content = load_checkpoint(run.newest_checkpoint())
+        assert content["about"]["model_spec"] == dataclasses.asdict(spec)
+        assert content["about"]["inputs"]["resolution"] == 64
+        assert_same(split_state(content["ema"])[0], state)
+        shots.append(samples_of(workspace, run))
+    assert shots[0].std() > 0.1 and all(torch.equal(shot, shots[0]) for shot in shots)
+    with pytest.raises(ConfigError, match="is no SiT, the only family of the reference's code"):
+        export(workspace, tmp_path / "out.pt", run="dit-trained.pt")
+    export(workspace, tmp_path / "out", run="dit-trained.pt", to="safetensors")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 3])
+    assert torch.equal(load_exported(tmp_path / "out")(x, t, y), trunk.eval()(x, t, y))
 
 
 def test_a_file_without_steps_or_args(workspace: Path, tmp_path: Path) -> None:
