@@ -83,13 +83,13 @@ COMMAND_TABLE: Mapping[str, Command] = {
     "export": Command(
         ExportConfig,
         "repa_pipeline.commands_exchange:export",
-        "Write a cache in the reference's format, or as webdataset tars.",
+        "Write a cache, or a trained model, in the formats of others.",
         {"destination": "DESTINATION"},
     ),
     "import": Command(
         ImportConfig,
         "repa_pipeline.commands_exchange:import_",
-        "Make a cache of a reference set or of exported tars, without encoding.",
+        "Make a cache of a reference set or exported tars, or a run of a checkpoint.",
         {"source": "SOURCE"},
     ),
     "train": Command(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from repa_pipeline.commands import describe, report_pass
@@ -14,6 +15,7 @@ from repa_pipeline.engine.run import run_stage
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.text import count, size
 
+_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _COLUMNS = ("array", "state", "stored as", "shape", "shards", "bytes", "container", "weights")
 
 
@@ -45,6 +47,8 @@ def inspect(config: InspectConfig) -> None:
 
 def export(config: ExportConfig) -> None:
     """`repa export`."""
+    if config.run or config.checkpoint or config.to == "safetensors":
+        return _export_run(config)
     from repa_pipeline.engine.local import LocalExecutor
     from repa_pipeline.stages.exporting_reference import ReferenceZip, reference_export
     from repa_pipeline.stages.exporting_webdataset import webdataset_export
@@ -71,6 +75,8 @@ def export(config: ExportConfig) -> None:
 
 def import_(config: ImportConfig) -> None:
     """`repa import`."""
+    if _is_checkpoint(config):
+        return _import_run(config)
     from repa_pipeline.cluster.select import choose_executor
     from repa_pipeline.stages.importing_reference import check_reference, import_reference
     from repa_pipeline.stages.importing_webdataset import import_webdataset
@@ -95,6 +101,50 @@ def import_(config: ImportConfig) -> None:
         _say(f"note: {remark}")
     report_pass(result, "rows")
     _say("next: repa cache-features" if _has_images(manifest) else "next: repa train")
+
+
+def _export_run(config: ExportConfig) -> None:
+    from repa_pipeline.stages.export_run import export_run, plan_export
+
+    plan = plan_export(config)
+    _say(f"export of {plan.checkpoint}: {config.to} at {plan.destination}")
+    if config.dry_run:
+        return
+    notes = export_run(plan)
+    if notes is None:
+        return _say(f"nothing to do: {plan.destination} is complete")
+    for note in notes:
+        _say(f"note: {note}")
+    _say(f"output: {plan.destination}")
+
+
+def _is_checkpoint(config: ImportConfig) -> bool:
+    """Whether what is imported is a model, not a cache."""
+    if config.from_ != "reference":
+        return config.from_ == "checkpoint"
+    is_exported = (Path(config.source) / "config.json").is_file()
+    return config.source.endswith(_CHECKPOINTS) or is_exported
+
+
+def _import_run(config: ImportConfig) -> None:
+    from repa_pipeline.stages.import_run import import_run, read_model
+
+    imported = read_model(config)
+    inputs = imported.about["inputs"]
+    teachers = ", ".join(f"{f['name']} ({f['width']})" for f in inputs["features"])
+    steps = f"{imported.step:,} steps" if imported.step else "an unknown number of steps"
+    _say(
+        f"{config.source}: {imported.about['model_spec']['name']} after {steps}, "
+        f"{inputs['num_classes']:,} classes of {inputs['resolution']} pixels, projectors: "
+        f"{teachers or 'none'}; latents taken to be of {imported.about['latents']['autoencoder']}"
+    )
+    if config.dry_run:
+        return
+    run, is_new = import_run(config, imported)
+    if not is_new:
+        _say(f"nothing to do: run {run.name} is this checkpoint")
+    _say(f"run: {run.folder}; it can be sampled, not trained on")
+    _say(f"next: repa sample --run {run.name}")
 
 
 def _inspect_fidelity(config: InspectConfig) -> None:

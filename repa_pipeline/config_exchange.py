@@ -33,17 +33,26 @@ class InspectConfig(CommonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(CommonConfig):
-    """`repa export`: a cache -> the reference's format, or webdataset tars."""
+    """`repa export`: a cache -> the reference's format, or webdataset tars; a run -> a model."""
 
     destination: str | None = setting(
-        None, "Where it goes: a folder (webdataset: or a URL), for the reference also a .zip."
+        None,
+        "Where it goes: a folder (webdataset: or a URL), for the reference also a .zip; of a run a "
+        ".pt file for the reference, a folder for safetensors.",
     )
     to: str = setting(
         "reference",
-        "reference: images/, vae-sd/ and dataset.json; webdataset: tars with all that is cached.",
-        choices=("reference", "webdataset"),
+        "Of a cache, reference: images/, vae-sd/ and dataset.json, or webdataset: tars with all "
+        "that is cached. Of a run, reference: a checkpoint of the reference's code, or "
+        "safetensors: the EMA with a model card.",
+        choices=("reference", "webdataset", "safetensors"),
         decides=True,
     )
+    run: str | None = setting(None, "Export this run's model, not the cache.")
+    checkpoint: str | None = setting(
+        None, "Export the model of this checkpoint file (default: the run's newest)."
+    )
+    license: str | None = setting(None, "Licence of the weights, for the model card.")
     autoencoder: str = setting("auto", "Latents; auto: the only ones in the cache.", decides=True)
     encoder: tuple[str, ...] = setting(
         ("auto",), "Teachers for webdataset; auto: all of the latents' resolution; none.",
@@ -64,13 +73,27 @@ class ExportConfig(CommonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig(IndexConfig):
-    """`repa import`: a reference set, or an export to webdataset -> a cache; encodes nothing."""
+    """`repa import`: a reference set, or an export to webdataset -> a cache; a checkpoint -> a run.
+
+    Nothing is encoded.
+    """
 
     from_: str = setting(
         "reference",
-        "reference: a folder or zip with images/ and vae-sd/; webdataset: tars of `repa export`.",
-        choices=("reference", "webdataset"),
+        "reference: a folder or zip with images/ and vae-sd/; webdataset: tars of `repa export`; "
+        "checkpoint: a .pt or .safetensors file, or a folder of `repa export --to safetensors` "
+        "(known by its name).",
+        choices=("reference", "webdataset", "checkpoint"),
         decides=True,
+    )
+    name: str | None = setting(None, "Name of the run that a checkpoint becomes.")
+    num_heads: int = setting(
+        0,
+        "Attention heads of a checkpoint's model (0: as the table says for its size).",
+        check=check_not_negative,
+    )
+    resolution: int = setting(
+        0, "Pixels of a checkpoint that does not tell (diffusers' DiT).", check=check_not_negative
     )
     autoencoder: str = setting(
         "sd-vae-ft-ema", "Autoencoder that made the latents, by table name.", decides=True

@@ -44,7 +44,7 @@ class Resolved:
 _PATHS = (
     *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
     *("weights", "decoder_weights", "network_weights", "output", "rates"),
-    *("origin", "target", "destination"),
+    *("origin", "target", "destination", "checkpoints"),
 )
 _ENTRY_TABLES = ("encoders", "autoencoders", "models", "methods", "networks")
 

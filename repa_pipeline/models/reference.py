@@ -1,4 +1,4 @@
-"""Checkpoints of the reference REPA code (sihyun-yu/REPA): read them, split them, size them.
+"""Checkpoints of the reference REPA code (sihyun-yu/REPA): read, split, size, join and write them.
 
 A reference file holds `model`, `ema`, `opt`, `args` (argparse.Namespace) and `steps`; the trunk and
 the projectors share one state dict. Early ones count the blocks behind the alignment depth afresh
@@ -11,8 +11,8 @@ import argparse
 import dataclasses
 import math
 import os
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from repa_pipeline.errors import ConfigError, DataError, MismatchError, MissingError
 from repa_pipeline.models import MODELS
 from repa_pipeline.models.sit import SiTConfig
+from repa_pipeline.weights import load_state
 
 State = dict[str, Tensor]
 
@@ -34,8 +35,9 @@ _LABELS = "y_embedder.embedding_table.weight"
 class ReferenceCheckpoint:
     """A reference checkpoint in our terms; `projectors` has keys `N.{0,2,4}.{weight,bias}`.
 
-    `model` and `projectors` are the trained weights, `ema` the averaged trunk. A file that is only
-    a state dict (the released last.pt) is read as both, with `args` empty and `steps` None.
+    `model` and `projectors` are the trained weights, `ema` and `ema_projectors` the averaged ones.
+    A file that is only a state dict (the released last.pt) is read as both, with `args` empty and
+    `steps` None.
     """
 
     config: SiTConfig
@@ -44,6 +46,7 @@ class ReferenceCheckpoint:
     projectors: State
     args: dict[str, Any]
     steps: int | None
+    ema_projectors: State = dataclasses.field(default_factory=dict)
 
 
 def rename_blocks(state: Mapping[str, Tensor]) -> State:
@@ -79,6 +82,25 @@ def split_reference_state(
     if labels is not None and num_classes is not None and len(labels) == num_classes:
         model[_LABELS] = torch.cat([labels, torch.zeros_like(labels[:1])])
     return model, projectors
+
+
+def join_reference_state(model: Mapping[str, Tensor], projectors: Mapping[str, Tensor]) -> State:
+    """The inverse of `split_reference_state`, in the reference's newer naming."""
+    return {**model, **{f"{_PROJECTORS}{key}": value for key, value in projectors.items()}}
+
+
+def family_of(state: Mapping[str, Tensor]) -> str | None:
+    """The family of MODELS ("sit", "dit") that a state dict's names and shapes speak of, or None.
+
+    A DiT answers with twice its input's channels, and diffusers names its blocks otherwise.
+    """
+    if any(key.startswith("transformer_blocks.") for key in state):
+        return "dit"
+    patches, answer = state.get("x_embedder.proj.weight"), state.get("final_layer.linear.weight")
+    if patches is None or answer is None or patches.dim() != 4:
+        return None
+    one_answer = patches[0].numel()  # channels x patch x patch
+    return {one_answer: "sit", 2 * one_answer: "dit"}.get(len(answer))
 
 
 def config_from_reference(
@@ -155,9 +177,10 @@ def load_reference_checkpoint(
 
     Raises MissingError when there is no file, DataError when it is not such a checkpoint.
     """
-    content = _read(path)
+    content = read_plain(path)
     bare = "pos_embed" in content
-    args = {} if bare else dict(vars(content.get("args") or argparse.Namespace()))
+    given = content.get("args")
+    args = dict(vars(given)) if isinstance(given, argparse.Namespace) and not bare else {}
     states = {}
     for part in ("model", "ema"):
         state = content if bare else content.get(part)
@@ -169,19 +192,30 @@ def load_reference_checkpoint(
         states[part] = state
     config = config_from_reference(states["ema"], args, num_heads=num_heads)
     model, projectors = split_reference_state(states["model"], num_classes=config.num_classes)
-    ema, _ = split_reference_state(states["ema"], num_classes=config.num_classes)
+    ema, averaged = split_reference_state(states["ema"], num_classes=config.num_classes)
     steps = None if bare else content.get("steps")
-    return ReferenceCheckpoint(config, model, ema, projectors, args, steps)
+    return ReferenceCheckpoint(config, model, ema, projectors, args, steps, averaged)
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dict in a torch file of tensors, plain values and argparse.Namespace, or a safetensors.
+
+    Raises MissingError when there is no file, DataError when it holds something else; nothing in
+    it is executed.
+    """
+    if os.path.isfile(path) and os.fspath(path).endswith(".safetensors"):
+        return dict(load_state(os.fspath(path)))
     if not os.path.isfile(path):
         raise MissingError(f"no checkpoint at {os.fspath(path)}: give the path of a .pt file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, not read: the optimizer's state is half of the file and is not wanted.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            is_mappable = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+    except (OSError, MemoryError):
+        raise
+    # A foreign file can fail anywhere in torch's restricted unpickler, with any kind of error.
+    except Exception as error:
         raise DataError(
             f"{os.fspath(path)} cannot be read as a checkpoint: {error}; expected a file of the "
             "reference code, of tensors and plain values only"

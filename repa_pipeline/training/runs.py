@@ -27,7 +27,7 @@ from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
 
 # The key of a record whose run was not trained here.
 IMPORTED = "imported"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 def runs_folder(config: CommonConfig) -> Path:
@@ -69,11 +69,16 @@ class Run:
         steps = complete_steps(self.checkpoints)
         return steps[-1] if steps else 0
 
+    def has_checkpoint(self) -> bool:
+        """Whether a complete one is there, be it of step 0 (of an import that tells no step)."""
+        return bool(complete_steps(self.checkpoints))
+
     def newest_checkpoint(self) -> Path:
         """The newest complete checkpoint; raises MissingError when there is none."""
-        if not self.last_step():
+        steps = complete_steps(self.checkpoints)
+        if not steps:
             raise MissingError(f"run {self.name} has no checkpoint yet: run `repa train` first")
-        return checkpoint_path(self.checkpoints, self.last_step())
+        return checkpoint_path(self.checkpoints, steps[-1])
 
     def record(self) -> dict[str, Any]:
         """What run.json says; raises MissingError without such a run, DamagedError for no JSON."""
@@ -114,7 +119,7 @@ def open_run(config: TrainConfig, name: str, decided: Mapping[str, Any]) -> Run:
     `decided` holds the settings and data digests that decide its curve. Raises MismatchError
     when the standing run was started with others, ConfigError for a bad name or --no-resume.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME_RULE.fullmatch(name):
         raise ConfigError(f"run name '{name}': expected letters, digits, '.', '_', '-', '+' only")
     run = Run(runs_folder(config) / name)
     wanted = json.loads(json.dumps({"settings": decisions(config), **decided}))
