@@ -19,6 +19,7 @@ LEVELS = {
     "config_plan": 2,
     "config_care": 2,
     "config_exchange": 2,
+    "config_train": 2,
     "command_table": 3,
     "resolve": 4,
     "device": 2,
