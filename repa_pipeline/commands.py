@@ -110,7 +110,10 @@ def run_training(config: TrainConfig) -> int:
         f"{plan.dtype} on {plan.device}" + (f", {world.size} ranks" if world.size > 1 else "")
     )
     if config.dry_run:
-        say(_train_dry_run(plan))
+        from repa_pipeline.stages.train_check import check_training
+
+        for line in (_train_dry_run(plan), *check_training(plan)):
+            say(line)
         return 0
     result = run_rank(plan, progress_for_stream())
     if not result.num_new:

@@ -57,6 +57,19 @@ def check_training(plan: TrainPlan) -> list[str]:
         f"({count(config.read_threads, 'thread')}, {reading.seconds:.1f} s, every record checked; "
         f"{size(reading.buffer_bytes)} of memory a rank)",
         f"limited by: {bottleneck(needed, reading.bytes_per_s)}",
+        *_advice_of_lanes(plan, devices),
+    ]
+
+
+def _advice_of_lanes(plan: TrainPlan, devices: int) -> list[str]:
+    """A rank reads the shards of its lanes; where ranks share a lane, each reads all of it."""
+    config = plan.config
+    is_far = not isinstance(plan.inputs.latents.store, LocalStore) and not config.local_copy
+    if not is_far or devices == 1 or config.lanes % devices == 0:
+        return []
+    return [
+        f"note: {devices} ranks share {count(config.lanes, 'lane')}, so shards are sent to several "
+        f"of them: use --lanes {devices} (or a multiple of all ranks) or --local-copy"
     ]
 
 
