@@ -26,7 +26,7 @@ from repa_pipeline.models import ModelSpec
 from repa_pipeline.registry import method_spec, model_spec
 from repa_pipeline.stages.flops import latent_training_flops
 from repa_pipeline.training.batches import BatchMaker, Online, mirrored_views
-from repa_pipeline.training.checkpointer import load_newest
+from repa_pipeline.training.checkpointer import Checkpointer, load_newest
 from repa_pipeline.training.diagnosis import explain
 from repa_pipeline.training.inputs import CacheInputs, open_inputs, read_options
 from repa_pipeline.training.outputs import Outputs
@@ -187,6 +187,9 @@ def train(plan: TrainPlan, progress: Progress) -> TrainResult:
         state, faults = _restored(plan, run, world)
         first_step = state.step
         if first_step >= config.steps:
+            if world.is_main:
+                with Checkpointer(run, config):  # sends what an earlier end left unsent
+                    pass
             return TrainResult(run, first_step, 0, {})
         outputs = stack.enter_context(plan.outputs(run, world, progress))
         outputs.begin(first_step, faults)
@@ -277,7 +280,7 @@ def _restored(plan: TrainPlan, run: Run, world: World) -> tuple[TrainState, list
     saved, faults = load_newest(run, plan.config) if world.is_main else (None, [])
     step = world.share(saved["step"] if saved else 0)
     if not world.is_main and step:
-        saved, _ = load_newest(run, plan.config)
+        saved, _ = load_newest(run, plan.config, step=step)
     if (saved["step"] if saved else 0) != step:
         raise MismatchError(
             f"rank {world.rank} finds no checkpoint of step {step:,} at {run.checkpoints}: give "

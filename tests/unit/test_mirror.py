@@ -14,11 +14,14 @@ import torch
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import ConfigError, DamagedError, MismatchError, StageError
-from repa_pipeline.observe import JsonLines, RunLog, read_events
+from repa_pipeline.observe import JsonLines, RunLog, Silent, read_events
+from repa_pipeline.stages.train import TrainResult, plan_training, train
+from repa_pipeline.testing.caches import toy_train_config, write_toy_cache
 from repa_pipeline.training.checkpoint import (
     checkpoint_path,
     complete_steps,
     file_digest,
+    load_checkpoint,
     prune,
     save_checkpoint,
 )
@@ -304,3 +307,45 @@ def test_where_it_is(tmp_path: Path) -> None:
         mirror_of(run, TrainConfig(workspace="x", checkpoints=str(tmp_path / "runs")))
     with pytest.raises(ConfigError, match="carries a user name or a password"):
         mirror_of(run, TrainConfig(checkpoints="s3://key:secret@b/ck"))
+
+
+# Through the trainer itself.
+
+
+def trained(folder: Path, machine: str, **changes: Any) -> TrainResult:
+    """A run on a machine whose disk holds its own runs alone; cache and mirror are shared."""
+    settings = {"name": "r", "runs_dir": str(folder / machine), "log_every": 2, **changes}
+    settings.setdefault("checkpoints", str(folder / "mirror"))
+    config = toy_train_config(folder, checkpoint_every=2, **settings)
+    return train(plan_training(config), Silent())
+
+
+def curve(result: TrainResult) -> list[tuple[int, float, float]]:
+    events = read_events(result.run.folder / "events.jsonl")
+    return [(e["step"], e["loss"], e["grad_norm"]) for e in events if e["event"] == "scalars"]
+
+
+def test_training_goes_on_on_another_machine(tmp_path: Path) -> None:
+    write_toy_cache(tmp_path)
+    whole = trained(tmp_path, "whole", steps=8, checkpoints=None)
+    assert trained(tmp_path, "a", steps=4).num_new == 4
+    moved = trained(tmp_path, "b", steps=8)
+    assert (moved.step, moved.num_new) == (8, 4)
+    assert curve(moved) == curve(whole) and [step for step, *_ in curve(moved)] == [2, 4, 6, 8]
+    ours, theirs = (load_checkpoint(r.run.newest_checkpoint()) for r in (moved, whole))
+    for part in ("model", "ema"):
+        for name, value in theirs[part].items():
+            assert torch.equal(ours[part][name], value), name
+    back = trained(tmp_path, "a", steps=8)  # the first machine has the older state on its disk
+    assert (back.step, back.num_new) == (8, 0)
+
+
+def test_a_finished_run_is_sent_by_the_same_command_again(tmp_path: Path) -> None:
+    write_toy_cache(tmp_path)
+    (tmp_path / "mirror").write_text("not mounted")
+    with pytest.raises(StageError, match="lacks the last checkpoint of run 'r', step 2: .* again"):
+        trained(tmp_path, "a", steps=2)
+    (tmp_path / "mirror").unlink()
+    again = trained(tmp_path, "a", steps=2)
+    assert (again.step, again.num_new) == (2, 0)
+    assert (tmp_path / "mirror/r/checkpoints/step-00000002.json").is_file()
