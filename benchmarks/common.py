@@ -30,10 +30,10 @@ def command() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/NAME.json with the environment beside the numbers."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes FOLDER/NAME.json with the environment beside the numbers."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({**result, "environment": environment()}, indent=1) + "\n")
     return path
 
