@@ -96,7 +96,7 @@ class OnlineTeachers:
         return tuple(self._tokens(encoder, pixels) for encoder in self._encoders)
 
     def _tokens(self, encoder: Encoder, pixels: Tensor) -> Tensor:
-        return torch.cat([encoder.tokens(part) for part in pixels.split(self._most)])
+        return torch.cat([encoder.tokens(part) for part in torch.split(pixels, self._most)])
 
     def _produce(self) -> None:
         for step in self._steps:

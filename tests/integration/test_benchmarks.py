@@ -35,7 +35,7 @@ def test_the_suite_of_training_steps(tmp_path: Path) -> None:
         "--cases", ",".join(CASES), "--batch", "2", "--rounds", "1", "--out", str(tmp_path / "out"),
         "--json",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     told = json.loads(found.stdout.splitlines()[-1])
