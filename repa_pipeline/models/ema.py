@@ -71,6 +71,11 @@ def update_averages(
 
 def _move(averages: list[Tensor], new: list[Tensor], weight: Tensor | float) -> None:
     """average += weight * (new - average): exactly still where they are equal."""
+    if averages[0].device.type == "cpu":
+        # There memory is what takes the time, not the kernels' number: read and written once.
+        for average, other in zip(averages, new, strict=True):
+            average.lerp_(other, weight)
+        return
     steps = torch._foreach_sub(new, averages)
     torch._foreach_mul_(steps, weight)
     torch._foreach_add_(averages, steps)

@@ -26,6 +26,7 @@ from repa_pipeline.encoders.base import Encoder, load_encoder
 from repa_pipeline.stages.images import Images, load_images
 from repa_pipeline.stages.index import cache_store, open_config_source
 from repa_pipeline.training.inputs import CacheInputs
+from repa_pipeline.training.upload import Upload
 
 Views = Callable[[int], npt.NDArray[np.bool_]]
 
@@ -63,7 +64,9 @@ class OnlineTeachers:
         self._shard_rows = int(inputs.manifest["shard_rows"])
         self._entries = functools.lru_cache(_HELD_SHARDS)(self._load_entries)
         self._order, self._steps, self._local, self._views = order, steps, local, views
-        self._device = device
+        # As many images at once as the model takes.
+        self._most = config.micro_batch or config.batch_size
+        self._upload = Upload(device)
         self._queue: queue.Queue[Images | BaseException] = queue.Queue(_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="repa-images", daemon=True)
@@ -89,8 +92,11 @@ class OnlineTeachers:
         found = self._queue.get()
         if isinstance(found, BaseException):
             raise found
-        pixels = torch.from_numpy(found).to(self._device).permute(0, 3, 1, 2)
-        return tuple(encoder.tokens(pixels) for encoder in self._encoders)
+        pixels = self._upload([found])[0].permute(0, 3, 1, 2)
+        return tuple(self._tokens(encoder, pixels) for encoder in self._encoders)
+
+    def _tokens(self, encoder: Encoder, pixels: Tensor) -> Tensor:
+        return torch.cat([encoder.tokens(part) for part in torch.split(pixels, self._most)])
 
     def _produce(self) -> None:
         for step in self._steps:

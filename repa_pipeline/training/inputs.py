@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from repa_pipeline.config import EMBEDDED
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import SealedArray, first_difference, open_sealed
 from repa_pipeline.data.codec import Codec, codec_of
@@ -138,6 +139,7 @@ def open_inputs(
     resolution = latents.spec.manifest["resolution"]
     teachers: tuple[Teacher | OnlineTeacher, ...] = ()
     if uses_features and config.features == "online":
+        _check_images(config, manifest)
         teachers = tuple(_online_teachers(store, config, resolution))
     elif uses_features:
         names = _choose_features(store, config, resolution)
@@ -183,6 +185,17 @@ def _online_teachers(
         spec.input_size(resolution)
         weights = file_sha256(find_encoder_weights(spec))
         yield OnlineTeacher(spec, resolution, weights)
+
+
+def _check_images(config: TrainConfig, manifest: Mapping[str, Any]) -> None:
+    """Raises ConfigError when no source was named and the cache is not of the default one.
+
+    Another name is no fault: every image is compared with the indexed one.
+    """
+    if config.source == EMBEDDED and manifest["source"] != EMBEDDED:
+        raise ConfigError(
+            f"--features online needs the images of {manifest['source']}: give it as --source"
+        )
 
 
 def _open_mirrored(store: ObjectStore, array: SealedArray) -> SealedArray:
