@@ -1,6 +1,6 @@
 """The trainer's reader against webdataset, MosaicML Streaming, LitData, zarr and a raw read.
 
-    python benchmarks/reader.py [--rows 4096] [--rounds 2] [--s3-venv .venv-s3] [--json]
+    python benchmarks/reader.py [--rows 3072] [--rounds 2] [--s3-venv .venv-s3] [--json]
 
 Rows are synthetic int8 DINOv2-B tokens [256, 768] and float16 latents [8, 32, 32], 213 KB each, on
 the local disk, in shards of 256 (52 MB). Every reader gives shuffled batches of 256 in memory;
@@ -69,7 +69,7 @@ ZARR_ROWS = 1024
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=3072)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--s3-venv", default=os.environ.get("REPA_S3_VENV", ".venv-s3"))
     parser.add_argument("--json", action="store_true")
@@ -302,7 +302,7 @@ ONE: dict[str, Callable[[str, int], dict[str, float]]] = {
     "zarr_cold": functools.partial(measure_plain, read=read_zarr, is_cold=True),
     "at_500": functools.partial(wait_share, rate=XL_RATE),
     "at_2000": functools.partial(wait_share, rate=B_RATE),
-    "decoding": functools.partial(wait_share, rate=0, epochs=2),
+    "decoding": functools.partial(wait_share, rate=0, epochs=0.5),
     "at_2000_copied": copied,
 }
 

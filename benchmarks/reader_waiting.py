@@ -69,24 +69,25 @@ def make_order(num_rows: int) -> Order:
 
 
 def wait_share(
-    where: str, num_rows: int, rate: float, *, copy: str | None = None, epochs: int = WAIT_EPOCHS
+    where: str, num_rows: int, rate: float, *, copy: str | None = None, epochs: float = WAIT_EPOCHS
 ) -> dict[str, float]:
     """A consumer whose step takes BATCH / rate seconds (0: as long as it decodes a batch): its
     waiting in the last epoch, and after the first batch."""
     order = make_order(num_rows)
-    steps = order.steps_per_epoch
+    num_steps = int(epochs * order.steps_per_epoch)
+    last_epoch = max(1, num_steps - order.steps_per_epoch)
     decode = CODECS["int8"].decoder(CODECS["int8"].manifest(TOKENS[1]))
     marks = [Mark()]
     with Reader(
         open_arrays(where),
         order,
         first_step=0,
-        last_step=epochs * steps,
+        last_step=num_steps,
         local_copy=copy,
         local_copy_bytes=10**10,
     ) as reader:
         for records in reader:
-            if records.step in (0, (epochs - 1) * steps):
+            if records.step in (0, last_epoch):
                 marks.append(Mark(reader))
             if rate:
                 time.sleep(BATCH / rate)
@@ -95,7 +96,7 @@ def wait_share(
         marks.append(Mark(reader))
         memory = memory_bytes()
     begin, first, last, end = marks
-    count = (epochs * steps - 1) * BATCH
+    count = (num_steps - 1) * BATCH
     busy, own = end.busy_s - first.busy_s, end.cpu_s - first.cpu_s
     seconds = end.time - first.time
     return {
