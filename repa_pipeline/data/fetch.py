@@ -27,7 +27,7 @@ from repa_pipeline.data.shards import RecordLayout
 RANGE_BYTES = 16 * 2**20
 # How long another process is given to write a copy before the store is asked instead.
 PATIENCE_S = 60.0
-_LOOK_AGAIN_S = 0.02
+_LOOK_AGAIN_S = 0.05
 _LEAVE_S = 10.0
 
 

@@ -58,8 +58,9 @@ class Records:
 
 @dataclasses.dataclass
 class _Batch:
-    """A batch that is begun: its memory, the units it still waits for, what went wrong."""
+    """A batch that is begun: its rows and memory, the units it still waits for, what went wrong."""
 
+    rows: npt.NDArray[np.int64]
     buffers: Buffers
     num_missing: int
     error: BaseException | None = None
@@ -159,32 +160,32 @@ class Reader:
     def __iter__(self) -> Iterator[Records]:
         while self._next < self._steps.stop:
             began = time.perf_counter()
-            buffers = self._take(self._next)
+            batch = self._take(self._next)
             self.wait_s += time.perf_counter() - began
             step = self._next
             self._next += 1
             arrays = tuple(
                 flat.view(array.spec.layout.dtype).reshape(len(flat), *array.spec.layout.shape)
-                for flat, array in zip(buffers, self._arrays[0], strict=True)
+                for flat, array in zip(batch.buffers.parts, self._arrays[0], strict=True)
             )
-            yield Records(step, self._order.rows(step)[self._slice], arrays)
+            yield Records(step, batch.rows, arrays)
 
-    def _take(self, step: int) -> tuple[npt.NDArray[np.uint8], ...]:
-        """The buffers of batch `step`, once it is complete."""
+    def _take(self, step: int) -> _Batch:
+        """Batch `step`, once it is complete."""
         if self._slice.stop == self._slice.start:
-            return self._new_buffers().parts
+            return _Batch(np.empty(0, np.int64), self._new_buffers(), 0)
         with self._changed:
             released = self._batches.pop(step - _NUM_HELD, None)
             if released:
                 self._free.append(released.buffers)
-                self._changed.notify_all()
+            self._changed.notify_all()  # the planner waits for room, or for this step
             while True:
                 batch = self._batches.get(step)
                 error = self._error or (batch.error if batch else None)
                 if error:
                     raise error
                 if batch and not batch.num_missing:
-                    return batch.buffers.parts
+                    return batch
                 self._changed.wait()
 
     def _plan(self) -> None:
@@ -239,8 +240,9 @@ class Reader:
         arrays = self._arrays[shard.view]
         for step in shard.touched:
             if step not in self._batches:  # nobody else begins batches
-                missing = int(plan.num_shards[step - first_step]) * len(arrays)
-                batch = _Batch(self._new_buffers(), missing)
+                inside = step - first_step
+                missing = int(plan.num_shards[inside]) * len(arrays)
+                batch = _Batch(plan.rows[inside], self._new_buffers(), missing)
                 with self._changed:
                     self._batches[step] = batch
         batches = [self._batches[step] for step in shard.steps.tolist()]

@@ -37,12 +37,13 @@ class ShardRows:
 class EpochPlan:
     """What a rank reads for some steps of an epoch, shards in the order in which to read them.
 
-    num_shards: int64, by step minus the first step, of how many `shards` a batch is made;
-    num_open: the most batches that are begun and not complete while steps are taken one by one.
-    num_window: batches of a window.
+    rows: int64 [steps, rows of the rank's part]. num_shards: int64 [steps], of how many of
+    `shards` each batch is made. num_open: the most batches that are begun and not complete while
+    steps are taken one by one. num_window: batches of a window.
     """
 
     shards: tuple[ShardRows, ...]
+    rows: Ints
     num_shards: Ints
     num_open: int
     num_window: int
@@ -86,7 +87,7 @@ def plan_epoch(
         )
     parts.sort(key=lambda shard: (shard.first, shard.shard, shard.view))
     window = -(-order.window * order.shard_rows * order.lanes // order.batch_size)
-    return EpochPlan(tuple(parts), num_shards, _most_open(parts), min(window, num_steps))
+    return EpochPlan(tuple(parts), rows, num_shards, _most_open(parts), min(window, num_steps))
 
 
 def _windows(order: Order, first_step: int, num_steps: int, part: slice) -> Ints:

@@ -35,6 +35,7 @@ class FileSource:
         self._wanted = wanted
         self._fd = fd
         self._copy = copy
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read(self, memory: threading.local, start: int, stop: int) -> int:
         try:
@@ -133,7 +134,6 @@ def open_file(store: LocalStore, array: SealedArray, shard: int) -> int:
     if size != array.shard_bytes(shard):
         os.close(fd)
         raise array.truncated(shard, size)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return fd
 
 

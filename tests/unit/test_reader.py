@@ -30,7 +30,7 @@ from repa_pipeline.data.objects import LocalStore, ObjectStore, RemoteStore
 from repa_pipeline.data.order import Order, rank_slice
 from repa_pipeline.data.reader import Reader, Records
 from repa_pipeline.data.shards import CONTAINERS, RecordLayout, pack_shard
-from repa_pipeline.errors import DamagedError, StoreError
+from repa_pipeline.errors import DamagedError, StageError, StoreError
 
 NUM_ROWS, SHARD_ROWS = 203, 8
 NAMES = ("latents", "features.a", "features.bb")
@@ -495,3 +495,55 @@ def wait_until(is_true: Callable[[], bool]) -> None:
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Cuda:
+    """What page-locking asks of torch.cuda, without a device; `limit` registrations succeed."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.locked: dict[int, int] = {}
+        self.num_locked = 0
+
+    def cudart(self) -> Cuda:
+        return self
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        if len(self.locked) == self.limit:
+            return 2
+        assert address % 4096 == 0 and address not in self.locked
+        self.locked[address] = num_bytes
+        self.num_locked += 1
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_pinned_batches_lie_in_locked_memory(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(1000)
+    monkeypatch.setattr("torch.cuda", cuda)
+    with Reader(cache.open(), make_order(), first_step=0, last_step=40, pin=True) as reader:
+        for records in reader:
+            for array, plain in zip(records.arrays, cache.plain, strict=True):
+                assert array.tobytes() == plain[records.rows].tobytes()
+                start = array.__array_interface__["data"][0]
+                assert any(
+                    at <= start and start + array.nbytes <= at + num_bytes
+                    for at, num_bytes in cuda.locked.items()
+                )
+        # Each buffer is locked once, however often it is used.
+        assert len(cuda.locked) == cuda.num_locked == reader.buffer_bytes / (12 * (32 + 15 + 7))
+    assert not cuda.locked
+
+
+def test_a_system_that_locks_no_more_memory(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(3)
+    monkeypatch.setattr("torch.cuda", cuda)
+    with pytest.raises(StageError, match="CUDA error 2.*ulimit -l.*--read-ahead-gb"):
+        read(cache, make_order(), 0, 16, pin=True)
+    assert not cuda.locked
