@@ -242,6 +242,7 @@ def measure_batch(case: Case, folder: Path, profile_path: Path | None) -> dict[s
         for _ in range(case.rounds):
             for way in WAYS:
                 turns[way].append(trainer.seconds(batches[way], case.steps))
+                print(f"{case.model} {way}: {turns[way][-1]:.3f} s a step", file=sys.stderr)
         means = trainer.means()
         if means["skipped_steps"]:
             raise SystemExit(f"{means['skipped_steps']:.0f} steps were skipped: not a fair step")

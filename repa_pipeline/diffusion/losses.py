@@ -14,6 +14,9 @@ from torch import Tensor
 
 from repa_pipeline.diffusion.interpolant import States
 
+# As of F.normalize.
+_LEAST_NORM = 1e-12
+
 
 def denoising_loss(prediction: States | Tensor, target: States | Tensor) -> Tensor:
     """Mean squared error of each sample, float32 [B]; several states' errors are added.
@@ -32,11 +35,15 @@ def denoising_loss(prediction: States | Tensor, target: States | Tensor) -> Tens
 def cosine_alignment(projected: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Minus the mean cosine similarity over the tokens of each sample, float32 [B].
 
-    projected, target: [B, T, D]. Normalised in float32, because half precision overflows in the
+    projected, target: [B, T, D]. Computed in float32, because half precision overflows in the
     norm. The temperature is not used.
     """
-    similarity = F.normalize(projected.float(), dim=-1) * F.normalize(target.float(), dim=-1)
-    return -similarity.sum(-1).mean(-1)
+    ours, theirs = projected.float(), target.float()
+    # Sums are divided, not tokens: half the memory is written that normalised tokens take.
+    ours_BT, theirs_BT = (
+        torch.linalg.vector_norm(x, dim=-1).clamp_min(_LEAST_NORM) for x in (ours, theirs)
+    )
+    return -((ours * theirs).sum(-1) / ours_BT / theirs_BT).mean(-1)
 
 
 def nt_xent_alignment(projected: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa_pipeline.diffusion.guidance import count_model_evaluations, guided
@@ -148,6 +149,24 @@ def test_alignment_loss_equals_the_per_sample_loop() -> None:
     per_sample = alignment_per_sample(projected, targets)
     assert per_sample.shape == (5,)
     assert per_sample.mean().item() == pytest.approx(total / (2 * 5), abs=1e-6)
+
+
+def test_alignment_is_the_product_of_normalised_tokens_zeros_too() -> None:
+    ours = torch.randn(3, 16, 24)
+    theirs = 100 * torch.randn(3, 16, 24)
+    theirs[1, 4] = 0
+    theirs[2] *= 1e-8
+    one, other = ours.clone().requires_grad_(), ours.clone().requires_grad_()
+    alignment = alignment_per_sample([one], [theirs])
+    plain = -(F.normalize(other, dim=-1) * F.normalize(theirs, dim=-1)).sum(-1).mean(-1)
+    torch.testing.assert_close(alignment, plain)
+    alignment.sum().backward()
+    plain.sum().backward()
+    assert one.grad is not None and bool(one.grad.abs().sum() > 0)
+    torch.testing.assert_close(one.grad, other.grad)
+    zero = torch.zeros(1, 2, 24, requires_grad=True)
+    alignment_loss([zero], [torch.zeros(1, 2, 24)]).backward()
+    assert zero.grad is not None and not zero.grad.any()
 
 
 def test_alignment_loss_ignores_length_and_reaches_its_bounds() -> None:
