@@ -43,7 +43,8 @@ def cosine_alignment(projected: Tensor, target: Tensor, temperature: float) -> T
     ours_BT, theirs_BT = (
         torch.linalg.vector_norm(x, dim=-1).clamp_min(_LEAST_NORM) for x in (ours, theirs)
     )
-    return -((ours * theirs).sum(-1) / ours_BT / theirs_BT).mean(-1)
+    cosine_BT: Tensor = (ours * theirs).sum(-1) / ours_BT / theirs_BT
+    return -cosine_BT.mean(-1)
 
 
 def nt_xent_alignment(projected: Tensor, target: Tensor, temperature: float) -> Tensor:
