@@ -15,7 +15,9 @@
 The step is the trainer's: BatchMaker, `method.loss` under its autocast, backward, Meter,
 `optimiser_step` (clip, fused AdamW, EMA), `torch.compile` of the blocks where the trainer has it.
 One model serves all ways. They take turns of --steps steps, --rounds times; the fastest turn of
-each is kept (the median is given too). On CUDA the device is waited for at the ends of a turn.
+each is kept (the median is given too). On CUDA the device is waited for at the ends of a turn; on
+the CPU there are also the ratios of CPU seconds, the reader's threads included, which other
+processes disturb less: most of all with OMP_NUM_THREADS=1, where no thread spins for another.
 
 online_over_cached and cached_over_memory are ratios of seconds. MFU = 6 x the forward pass's
 multiply-adds of the model alone x images/s / the device's dense bf16 peak; without a known peak
@@ -37,7 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +101,13 @@ class Case:
         )
 
 
+class Took(NamedTuple):
+    """Seconds of the wall's clock, and of all threads of this process."""
+
+    wall: float
+    cpu: float
+
+
 class Trainer:
     """The model, and the trainer's step on micro-batches."""
 
@@ -120,14 +129,14 @@ class Trainer:
             meter.add(losses, micro.t, micro.share)
         meter.end_step(*optimiser_step(self.plan.config, self._state))
 
-    def seconds(self, batches: Iterator[Iterable[Micro]], steps: int) -> float:
-        """Of a step, on average over the next `steps`."""
+    def time(self, batches: Iterator[Iterable[Micro]], steps: int) -> Took:
+        """A step's, on average over the next `steps`."""
         self.wait()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.step(next(batches))
         self.wait()
-        return (time.perf_counter() - began) / steps
+        return Took((time.perf_counter() - began) / steps, (time.process_time() - cpu) / steps)
 
     def wait(self) -> None:
         if self.plan.device.startswith("cuda"):
@@ -241,8 +250,8 @@ def measure_batch(case: Case, folder: Path, profile_path: Path | None) -> dict[s
         turns = {way: [] for way in WAYS}
         for _ in range(case.rounds):
             for way in WAYS:
-                turns[way].append(trainer.seconds(batches[way], case.steps))
-                print(f"{case.model} {way}: {turns[way][-1]:.3f} s a step", file=sys.stderr)
+                turns[way].append(trainer.time(batches[way], case.steps))
+                print(f"{case.model} {way}: {turns[way][-1].wall:.3f} s a step", file=sys.stderr)
         means = trainer.means()
         if means["skipped_steps"]:
             raise SystemExit(f"{means['skipped_steps']:.0f} steps were skipped: not a fair step")
@@ -254,27 +263,25 @@ def measure_batch(case: Case, folder: Path, profile_path: Path | None) -> dict[s
 def describe(
     case: Case,
     plan: TrainPlan,
-    turns: dict[str, list[float]],
+    turns: dict[str, list[Took]],
     peaks: dict[str, int | None],
 ) -> dict[str, Any]:
-    best = {way: min(found) for way, found in turns.items()}
-    middle = {way: statistics.median(found) for way, found in turns.items()}
+    best = {way: min(took.wall for took in found) for way, found in turns.items()}
+    middle = {way: statistics.median(t.wall for t in found) for way, found in turns.items()}
+    cpu = {way: min(took.cpu for took in found) for way, found in turns.items()}
     rates = {way: case.batch / seconds for way, seconds in best.items()}
     inputs = plan.inputs.describe()
     flops = latent_training_flops(plan.model, inputs.latent_channels, inputs.latent_size)
     peak = peak_flops(plan.device)
     on_cuda = plan.device.startswith("cuda")
     return {
-        "online_over_cached": round(best["online"] / best["cached"], 3),
-        "cached_over_memory": round(best["cached"] / best["memory"], 3),
-        "of_medians": {
-            "online_over_cached": round(middle["online"] / middle["cached"], 3),
-            "cached_over_memory": round(middle["cached"] / middle["memory"], 3),
-        },
+        **ratios(best),
+        "of_medians": ratios(middle),
+        "of_cpu_seconds": None if on_cuda else ratios(cpu),
         "images_per_s": {way: round(rate, 3) for way, rate in rates.items()},
         "mfu": {w: round(flops * r / peak, 4) for w, r in rates.items()} if peak else None,
         "peak_bytes": peaks if on_cuda else process_peak_bytes(),
-        "seconds": {way: [round(value, 4) for value in found] for way, found in turns.items()},
+        "seconds": {way: [round(took.wall, 4) for took in found] for way, found in turns.items()},
         "training_flops_per_image": flops,
         **dataclasses.asdict(case),
         "dtype": plan.dtype,
@@ -282,6 +289,13 @@ def describe(
         "threads": torch.get_num_threads(),
         "cores_used": cpu_count(),
         "image_decode": "left out",
+    }
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    return {
+        "online_over_cached": round(seconds["online"] / seconds["cached"], 3),
+        "cached_over_memory": round(seconds["cached"] / seconds["memory"], 3),
     }
 
 
@@ -374,7 +388,7 @@ def profile(trainer: Trainer, batches: Iterator[Iterable[Micro]], path: Path) ->
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
         order = "self_cuda_time_total"
     with torch.profiler.profile(activities=kinds) as found:
-        trainer.seconds(batches, PROFILED_STEPS)
+        trainer.time(batches, PROFILED_STEPS)
     table = found.key_averages().table(sort_by=order, row_limit=50, max_name_column_width=90)
     what = f"{trainer.plan.config.model}, batch {trainer.plan.config.batch_size}, "
     path.parent.mkdir(exist_ok=True)
