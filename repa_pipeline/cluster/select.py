@@ -7,7 +7,7 @@ import os
 from repa_pipeline.cluster.executor import RayExecutor
 from repa_pipeline.cluster.placement import Wish
 from repa_pipeline.cluster.scheduler import Policy
-from repa_pipeline.config import ClusterConfig
+from repa_pipeline.config import ClusterConfig, CommonConfig
 from repa_pipeline.engine.contracts import Executor
 from repa_pipeline.engine.local import LocalExecutor
 
@@ -24,6 +24,17 @@ def choose_executor(config: ClusterConfig) -> Executor:
     if config.executor == "local" or (config.executor == "auto" and not wants_ray):
         return LocalExecutor(config.retries)
     return RayExecutor(_wish(config), _policy(config), address, config.plugins, _shared(config))
+
+
+def ray_address(config: CommonConfig) -> str | None:
+    """Where ranks of a run are started by Ray: an address, "local", or None for not by Ray.
+
+    `auto` is Ray where an address is configured; several devices of one machine need none.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
+    if config.executor == "local" or (config.executor == "auto" and address is None):
+        return None
+    return address or "local"
 
 
 def _wish(config: ClusterConfig) -> Wish:
