@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from repa_pipeline.cluster.train_rank import RankFunction
 
 POLL_S = 0.5
-GROW_EVERY_S = 60.0
+LOOK_EVERY_S = 2.0
+GROW_AFTER_S = 30.0
 COMPLAIN_EVERY_S = 30.0
 
 
@@ -109,24 +110,37 @@ def num_workers(
 
 
 class Growth:
-    """When an elastic group is started anew because there is room: not often, and seldom again
-    after it came to nothing."""
+    """When an elastic group is started anew because there is room for more ranks.
+
+    The room must have been there for a while: Ray Train counts nodes every 20 s. After a start
+    that came to nothing it must be there for twice as long.
+    """
 
     def __init__(self, most: int):
         self._most = most
-        self._looked_at = time.monotonic()
-        self._wait_s = GROW_EVERY_S
-        self._tried_from = 0
+        self._after_s = GROW_AFTER_S
+        self._tried_from = self._num_ranks = 0
+        self._room_since: float | None = None
+        self._looked_at = float("-inf")
 
     def is_due(self, num_ranks: int, has_room: Callable[[], bool], now: float) -> bool:
-        """Whether to try to have more than `num_ranks`."""
-        if not num_ranks or num_ranks >= self._most or now - self._looked_at < self._wait_s:
+        """Whether to try to have more than `num_ranks`, which run now."""
+        if num_ranks != self._num_ranks:
+            self._num_ranks, self._room_since = num_ranks, None
+        if not num_ranks or num_ranks >= self._most or now - self._looked_at < LOOK_EVERY_S:
             return False
         self._looked_at = now
         if not has_room():
+            self._room_since = None
             return False
-        self._wait_s = self._wait_s * 2 if self._tried_from >= num_ranks else GROW_EVERY_S
-        self._tried_from = num_ranks
+        if num_ranks > self._tried_from:
+            self._after_s = GROW_AFTER_S
+        if self._room_since is None:
+            self._room_since = now
+        if now - self._room_since < self._after_s:
+            return False
+        self._room_since, self._tried_from = None, num_ranks
+        self._after_s *= 2
         return True
 
 

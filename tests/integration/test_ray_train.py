@@ -36,6 +36,7 @@ MARK = "REPA_TEST_OF_TRAINING"
 
 def settings(workspace: Path, name: str, **changes: Any) -> TrainConfig:
     given = {"steps": STEPS, "log_every": 1, "checkpoint_every": 7, "keep": 100}
+    given["tensorboard"] = False
     return toy_train_config(workspace, name=name, **{**given, "worker_cpus": 1.0, **changes})
 
 
@@ -240,7 +241,7 @@ def test_an_elastic_group_goes_on_with_fewer_and_with_more(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(driver, "GROW_EVERY_S", 1.0)
+    monkeypatch.setattr(driver, "GROW_AFTER_S", 21.0)
     added = [nodes(), nodes()]
     config = settings(workspace, "elastic", workers=(1, 2), worker_cpus=3.0, micro_batch=4)
     job = Job(config, cluster.address, 0.3)
