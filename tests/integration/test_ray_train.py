@@ -21,7 +21,7 @@ from repa_pipeline.commands import run_training
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.observe import Silent, read_events
 from repa_pipeline.stages.train import plan_training, train
-from repa_pipeline.testing.caches import toy_train_config, write_toy_cache
+from repa_pipeline.testing.caches import isolated_tables, toy_train_config, write_toy_cache
 from repa_pipeline.testing.ranks import Slowed
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps, load_checkpoint
 
@@ -166,9 +166,17 @@ def nodes(cluster: Any) -> Iterator[Callable[[], Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Any, workspace: Path) -> list[dict[str, float]]:
-    """The curve of two ranks."""
-    config = settings(workspace, "two", workers=(2,))
-    assert driver.train_on_ray(config, cluster.address, run_training, Silent()) == 0
+    """The curve of two ranks, which have got a plugin that only the driver has on its path."""
+    project, marks = workspace / "project", workspace / "marks"
+    project.mkdir()
+    marks.mkdir()
+    (project / "ray_train_plugin.py").write_text(
+        f"import os\nopen(os.path.join({str(marks)!r}, str(os.getpid())), 'w').close()\n"
+    )
+    config = settings(workspace, "two", workers=(2,), plugins=("ray_train_plugin",))
+    with isolated_tables(project):  # importable here, after Ray was started
+        assert driver.train_on_ray(config, cluster.address, run_training, Silent()) == 0
+    assert len(os.listdir(marks)) == 3
     return curve(workspace, "two")
 
 

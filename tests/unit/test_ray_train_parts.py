@@ -83,6 +83,10 @@ def test_ray_trains_where_an_address_is_configured(monkeypatch: pytest.MonkeyPat
     assert ray_address(TrainConfig(executor="ray")) == "local"
     assert ray_address(TrainConfig(address="head:6379")) == "head:6379"
     assert ray_address(TrainConfig(address="head:6379", executor="local")) is None
+    with pytest.raises(ConfigError, match="--workers are Ray's: give --executor ray"):
+        ray_address(TrainConfig(workers=(2,)))
+    with pytest.raises(ConfigError, match="--ranks are processes on this machine"):
+        ray_address(TrainConfig(ranks=2, executor="ray"))
     monkeypatch.setenv("RAY_ADDRESS", "other:6379")
     assert ray_address(TrainConfig()) == "other:6379"
 
