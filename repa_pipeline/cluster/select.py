@@ -38,8 +38,8 @@ def ray_address(config: TrainConfig) -> str | None:
     if config.executor == "local" or (config.executor == "auto" and address is None):
         if config.workers:
             raise ConfigError(
-                "--workers are Ray's: give --executor ray or an --address, or --ranks for processes "
-                "on this machine"
+                "--workers are Ray's: give --executor ray or an --address, or use --ranks for "
+                "processes on this machine"
             )
         return None
     if config.ranks:
