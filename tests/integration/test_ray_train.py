@@ -106,7 +106,8 @@ class Job:
     def __init__(self, config: TrainConfig, address: str, pause_s: float):
         self.starts = Starts()
         self._config, self._address = config, address
-        self._function = Slowed(run_training, pause_s)
+        self._release = Path(config.workspace) / f"release-{config.name}"
+        self._function = Slowed(run_training, pause_s, str(self._release))
         self._code: int | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -128,6 +129,7 @@ class Job:
         assert not self.is_over
 
     def finish(self) -> list[int]:
+        self._release.touch()
         self._thread.join(TIMEOUT_S)
         assert self._code == 0
         return self.starts.steps
@@ -202,7 +204,7 @@ def test_a_killed_rank_costs_nothing(
     undisturbed: list[dict[str, float]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = Job(settings(workspace, "killed", workers=(2,)), cluster.address, 0.1)
+    job = Job(settings(workspace, "killed", workers=(2,)), cluster.address, 0.3)
     job.begun(1)
     wait_for(lambda: steps_saved(workspace, "killed"))
     os.kill(rank0(workspace, "killed"), signal.SIGKILL)
@@ -225,7 +227,7 @@ def test_nodes_are_taken_away_with_notice_and_without(
     for _ in range(4):
         nodes()
     config = settings(workspace, "moved", workers=(2,), worker_cpus=3.0, checkpoint_every=1000)
-    job = Job(config, cluster.address, 0.2)
+    job = Job(config, cluster.address, 0.5)
     job.begun(1)
     drained = node_of(cluster, rank0(workspace, "moved"))
     drain(cluster.address, drained.node_id)
@@ -258,12 +260,13 @@ def test_an_elastic_group_goes_on_with_fewer_and_with_more(
     monkeypatch.setattr(driver, "GROW_AFTER_S", 21.0)
     added = [nodes(), nodes()]
     config = settings(workspace, "elastic", workers=(1, 2), worker_cpus=3.0, micro_batch=4)
-    job = Job(config, cluster.address, 0.3)
+    job = Job(config, cluster.address, 0.6)
     job.begun(1)
     wait_for(lambda: steps_saved(workspace, "elastic"))
     cluster.remove_node(added[0], allow_graceful=False)
     job.begun(2)
     nodes()
+    job.begun(3)
     job.finish()
     assert_same_curve(curve(workspace, "elastic"), curve(workspace, "one"))
     begun = [x for x in capsys.readouterr().out.splitlines() if x.startswith("train elastic: ")]
