@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from repa_pipeline.cluster.select import choose_executor
+from repa_pipeline.cluster.select import choose_executor, ray_address
 from repa_pipeline.command_table import COMMANDS
 from repa_pipeline.config import (
     EMBEDDED,
@@ -24,7 +25,7 @@ from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.index import Index
 from repa_pipeline.engine.contracts import Output
 from repa_pipeline.engine.ledger import Ledger, standing
-from repa_pipeline.engine.run import StageResult, run_stage
+from repa_pipeline.engine.run import Progress, StageResult, run_stage
 from repa_pipeline.errors import ConfigError, UnknownNameError
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.resolve import Project, resolve
@@ -87,17 +88,30 @@ def train(config: TrainConfig) -> None:
     from repa_pipeline.training.world import world_of_environment
 
     started = world_of_environment().size > 1
-    ranks = 1 if started or config.dry_run else num_ranks(config)
-    code = launch(config, ranks) if ranks > 1 else run_training(config)
+    address = None if started or config.dry_run else ray_address(config)
+    if address is not None:
+        from repa_pipeline.cluster.train import train_on_ray
+
+        code = train_on_ray(config, address, run_training, progress_for_stream())
+    else:
+        ranks = 1 if started or config.dry_run else num_ranks(config)
+        code = launch(config, ranks) if ranks > 1 else run_training(config)
     if code:
         raise SystemExit(code)
 
 
-def run_training(config: TrainConfig) -> int:
-    """One rank of `repa train`, or all of it; rank 0 alone says anything. Returns the exit code."""
+def run_training(
+    config: TrainConfig,
+    progress: Progress | None = None,
+    notice: Callable[[], bool] | None = None,
+) -> int:
+    """One rank of `repa train`, or all of it; rank 0 alone says anything. Returns the exit code.
+
+    A starter that gives `notice`, which stops the run, says itself what then follows.
+    """
     from repa_pipeline.stages.train import plan_training
     from repa_pipeline.stages.train import train as run_rank
-    from repa_pipeline.training.world import EXIT_TERMINATED, world_of_environment
+    from repa_pipeline.training.world import EXIT_TERMINATED, never, world_of_environment
 
     world = world_of_environment()
     say = _say if world.is_main else _say_nothing
@@ -115,14 +129,15 @@ def run_training(config: TrainConfig) -> int:
         for line in (_train_dry_run(plan), *check_training(plan)):
             say(line)
         return 0
-    result = run_rank(plan, progress_for_stream())
+    result = run_rank(plan, progress or progress_for_stream(), notice or never)
     if not result.num_new:
         say(f"nothing to do: run {result.run.name} is at step {result.step:,}")
     names = ("loss", "denoising", "alignment", "images_per_s", "data_wait", "mfu")
     shown = ", ".join(f"{n} {result.last[n]:.4g}" for n in names if n in result.last)
     say(f"run: {result.run.folder} at step {result.step:,}" + (f" ({shown})" if shown else ""))
     if result.stopped:
-        say("stopped by SIGTERM, saved; the same command goes on from here")
+        if notice is None:
+            say("stopped by SIGTERM, saved; the same command goes on from here")
         return EXIT_TERMINATED
     say("next: repa sample --cfg 1.8 --interval 0,0.7")
     return 0

@@ -13,6 +13,11 @@ from repa_pipeline.settings import (
 )
 
 
+def _check_workers(values: tuple[int, ...]) -> str | None:
+    is_range = len(values) <= 2 and all(value > 0 for value in values)
+    return None if is_range and list(values) == sorted(values) else "N, or MIN,MAX"
+
+
 def _check_fractions(values: tuple[float, ...]) -> str | None:
     return None if all(0 <= value <= 1 for value in values) else "numbers in [0, 1]"
 
@@ -205,8 +210,17 @@ class TrainConfig(StepSettings):
         "Processes on this machine (0: one a visible CUDA device, else one).",
         check=check_not_negative,
     )
+    executor: str = setting(
+        "auto",
+        "Where ranks run; auto: on Ray where an --address is configured, else on this machine, a "
+        "rank a CUDA device.",
+        choices=("auto", "local", "ray"),
+    )
     workers: tuple[int, ...] = setting(
-        (), "Ray Train workers: N, or MIN,MAX of a group that may shrink and grow."
+        (),
+        "Ray workers, a rank each: N, or MIN,MAX of a group that may shrink and grow (default: one "
+        "a CUDA device, or one a CPU node).",
+        check=_check_workers,
     )
     worker_cpus: float = setting(
         0.0, "CPU cores that Ray reserves for a worker (0: its threads).", check=check_not_negative

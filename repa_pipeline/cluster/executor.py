@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import os
-import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from repa_pipeline.cluster.carry import collect
+from repa_pipeline.cluster.mark import marked
 from repa_pipeline.cluster.placement import Wish, settle_ask
 from repa_pipeline.cluster.run import run_shards
 from repa_pipeline.cluster.scheduler import Policy, Scheduler
@@ -51,7 +49,7 @@ class RayExecutor:
         with (
             unwinding_on_sigterm(),
             ray_session(self.address) as is_own,
-            _mark(None if is_own else self.shared) as must_see,
+            marked(None if is_own else self.shared) as must_see,
         ):
             from repa_pipeline.cluster.fleet import Fleet, FleetSpec, current_nodes
 
@@ -63,22 +61,3 @@ class RayExecutor:
                 yield from run_shards(scheduler, fleet, tell)
         if scheduler.failed:
             raise_failed(scheduler.failed, len(shards))
-
-
-@contextlib.contextmanager
-def _mark(folder: str | None) -> Iterator[tuple[str, ...]]:
-    """A file in `folder` while it lasts: a worker that does not see it has another disk."""
-    if folder is None:
-        yield ()
-        return
-    prefix = f".shared-{socket.gethostname()}-"
-    path = Path(folder).absolute() / f"{prefix}{os.getpid()}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for other in path.parent.glob(f"{glob.escape(prefix)}*"):  # left by a driver that was killed
-        if not Path("/proc", other.name.removeprefix(prefix)).exists():
-            other.unlink(missing_ok=True)
-    path.touch()
-    try:
-        yield (str(path),)
-    finally:
-        path.unlink(missing_ok=True)

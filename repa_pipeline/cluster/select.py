@@ -8,8 +8,10 @@ from repa_pipeline.cluster.executor import RayExecutor
 from repa_pipeline.cluster.placement import Wish
 from repa_pipeline.cluster.scheduler import Policy
 from repa_pipeline.config import ClusterConfig
+from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.engine.contracts import Executor
 from repa_pipeline.engine.local import LocalExecutor
+from repa_pipeline.errors import ConfigError
 
 
 def choose_executor(config: ClusterConfig) -> Executor:
@@ -24,6 +26,25 @@ def choose_executor(config: ClusterConfig) -> Executor:
     if config.executor == "local" or (config.executor == "auto" and not wants_ray):
         return LocalExecutor(config.retries)
     return RayExecutor(_wish(config), _policy(config), address, config.plugins, _shared(config))
+
+
+def ray_address(config: TrainConfig) -> str | None:
+    """Where ranks of a run are started by Ray: an address, "local", or None for not by Ray.
+
+    `auto` is Ray where an address is configured; several devices of one machine need none. Raises
+    ConfigError for a number of ranks that is said in the other way's words.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
+    if config.executor == "local" or (config.executor == "auto" and address is None):
+        if config.workers:
+            raise ConfigError(
+                "--workers are Ray's: give --executor ray or an --address, or use --ranks for "
+                "processes on this machine"
+            )
+        return None
+    if config.ranks:
+        raise ConfigError("--ranks are processes on this machine: with Ray give --workers")
+    return address or "local"
 
 
 def _wish(config: ClusterConfig) -> Wish:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from repa_pipeline.training.diagnosis import explain
 from repa_pipeline.training.inputs import CacheInputs, open_inputs, read_options
 from repa_pipeline.training.outputs import Outputs
 from repa_pipeline.training.parallel import gradients_shared, prepare_blocks, shared_loss
-from repa_pipeline.training.runs import Run, default_name, locked, open_run
+from repa_pipeline.training.runs import LOCK_PATIENCE_S, Run, default_name, locked, open_run
 from repa_pipeline.training.state import (
     TrainState,
     build_method,
@@ -43,7 +44,9 @@ from repa_pipeline.training.state import (
 from repa_pipeline.training.world import (
     Stopping,
     World,
+    is_restarted_by_others,
     joined,
+    never,
     rank_device,
     world_of_environment,
 )
@@ -171,18 +174,19 @@ def _check_preset(config: TrainConfig, inputs: CacheInputs) -> None:
         )
 
 
-def train(plan: TrainPlan, progress: Progress) -> TrainResult:
+def train(plan: TrainPlan, progress: Progress, notice: Callable[[], bool] = never) -> TrainResult:
     """Trains to `config.steps`, going on from the newest sound checkpoint of the run.
 
     Called by every rank. On CPU the result is bit-equal however often it was interrupted. SIGTERM
-    saves and ends early (`TrainResult.stopped`). Raises RepaError children for what the user can
-    mend; every checkpoint already written stays.
+    saves and ends early (`TrainResult.stopped`), and so does `notice`, which is asked at every
+    step. Raises RepaError children for what the user can mend; every checkpoint already written
+    stays.
     """
     config = plan.config
     prepare_compute(config.threads, config.tf32)
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(plan.device))
-        stopping = stack.enter_context(Stopping(world))
+        stopping = stack.enter_context(Stopping(world, notice))
         run = _open_run(plan, world, stack)
         state, faults = _restored(plan, run, world)
         first_step = state.step
@@ -266,7 +270,8 @@ def _open_run(plan: TrainPlan, world: World, stack: contextlib.ExitStack) -> Run
     config = plan.config
     if world.is_main:
         run = open_run(config, plan.name, plan.decided())
-        stack.enter_context(locked(run))
+        patience_s = LOCK_PATIENCE_S if is_restarted_by_others() else 0.0
+        stack.enter_context(locked(run, patience_s))
     world.barrier()
     return open_run(dataclasses.replace(config, resume=True), plan.name, plan.decided())
 

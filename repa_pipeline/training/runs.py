@@ -12,9 +12,10 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from repa_pipeline.config import CommonConfig, as_json, decisions
 from repa_pipeline.config_train import TrainConfig
@@ -28,6 +29,9 @@ from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
 # The key of a record whose run was not trained here.
 IMPORTED = "imported"
 NAME_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# A rank that was just ended may hold the lock a little longer, one on a dead machine by NFS most.
+LOCK_PATIENCE_S = 120.0
+_LOCK_POLL_S = 0.2
 
 
 def runs_folder(config: CommonConfig) -> Path:
@@ -181,18 +185,30 @@ def note_settings(run: Run, config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Holds the run's lock; raises StageError when another process trains it."""
+def locked(run: Run, patience_s: float = 0.0) -> Iterator[None]:
+    """Holds the run's lock; raises StageError when another process trains it.
+
+    patience_s: how long to wait for one that may be about to end.
+    """
     with open(run.folder / "lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise StageError(
-                f"run '{run.name}' is being trained by process {file.read().strip() or '?'}: wait "
-                "for it or stop it"
-            ) from error
+        deadline = time.monotonic() + patience_s
+        while not _try_lock(file):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read().strip() or "?"
+                raise StageError(
+                    f"run '{run.name}' is being trained by process {holder}: wait for it or stop it"
+                )
+            time.sleep(_LOCK_POLL_S)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

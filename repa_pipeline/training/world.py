@@ -11,7 +11,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -114,15 +114,26 @@ def joined(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def is_restarted_by_others() -> bool:
+    """Whether this process is a rank whose starter may have started and ended one before it."""
+    return "WORLD_SIZE" in os.environ
+
+
+def never() -> bool:
+    """No notice, ever."""
+    return False
+
+
 class Stopping:
-    """Asks all ranks to stop together when one of them gets SIGTERM; on `with`.
+    """Asks all ranks to stop together when one of them gets SIGTERM or a notice; on `with`.
 
     `asked()` must be called once a step by every rank. Ranks agree without waiting for each other:
     what one says at a step is known to all at the next.
     """
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, notice: Callable[[], bool] = never):
         self._world = world
+        self._notice = notice
         self._came = False
         self._before: Any = None
         self._pending: tuple[Any, Tensor] | None = None
@@ -149,6 +160,8 @@ class Stopping:
 
     def asked(self) -> bool:
         """Whether to stop after this step."""
+        if not self._came and self._notice():
+            self.ask()
         if self._world.size == 1:
             return self._came
         agreed = False

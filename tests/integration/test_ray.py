@@ -31,24 +31,7 @@ from repa_pipeline.testing.stages import NAME, ToyStage, read_marks
 pytestmark = pytest.mark.slow
 
 WISH = Wish("cpu", workers=2, threads=1)
-STORE_BYTES = 80 * 2**20
 TIMEOUT_S = 120
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Any]:
-    """A Ray cluster of one node with two cores and one GPU that does not exist."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": STORE_BYTES}
-    made = Cluster(True, head_node_args={**node, "include_dashboard": False})
-    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 @pytest.fixture
@@ -252,7 +235,7 @@ def test_a_node_that_dies_is_survived_and_a_new_one_is_used(
     cluster: Any, stage: ToyStage, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     slow = ToyStage(stage.url, stage.marks, work_s=0.8)
-    node = {"num_cpus": 1, "resources": {"extra": 1}, "object_store_memory": STORE_BYTES}
+    node = {"num_cpus": 1, "resources": {"extra": 1}, "object_store_memory": 80 * 2**20}
     added = cluster.add_node(**node)
     pids: list[int] = []
 

@@ -13,7 +13,8 @@ import pytest
 
 from repa_pipeline.cluster import select
 from repa_pipeline.cluster.carry import Source, collect, install
-from repa_pipeline.cluster.executor import RayExecutor, _mark
+from repa_pipeline.cluster.executor import RayExecutor
+from repa_pipeline.cluster.mark import marked
 from repa_pipeline.cluster.placement import Ask, Wish, count_places, describe, settle_ask
 from repa_pipeline.cluster.scheduler import Policy
 from repa_pipeline.cluster.select import choose_executor
@@ -239,10 +240,10 @@ def test_carried_modules_are_imported_from_memory(
 def test_a_shared_folder_is_marked_while_it_is_used(tmp_path: Path) -> None:
     (tmp_path / "ws").mkdir()
     (tmp_path / "ws" / f".shared-{socket.gethostname()}-{2**22 + 1}").touch()  # of a dead driver
-    with _mark(str(tmp_path / "ws")) as (path,):
+    with marked(str(tmp_path / "ws")) as (path,):
         assert [Path(path)] == list((tmp_path / "ws").iterdir())
     assert list((tmp_path / "ws").iterdir()) == []
-    with _mark(None) as paths:
+    with marked(None) as paths:
         assert paths == ()
 
 
