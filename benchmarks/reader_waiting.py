@@ -96,7 +96,7 @@ def wait_share(
         marks.append(Mark(reader))
         memory = memory_bytes()
     begin, first, last, end = marks
-    count = (num_steps - 1) * BATCH
+    count = num_steps * BATCH
     busy, own = end.busy_s - first.busy_s, end.cpu_s - first.cpu_s
     seconds = end.time - first.time
     return {
