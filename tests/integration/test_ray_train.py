@@ -193,7 +193,12 @@ def test_two_ranks_give_the_curve_of_one_process(
     assert ours["reader"] == theirs["reader"]
     assert ours["ema"].keys() == theirs["ema"].keys()
     for name, value in theirs["ema"].items():
-        torch.testing.assert_close(ours["ema"][name], value, rtol=0, atol=1e-4)
+        mine, width = ours["ema"][name], len(value) // 3
+        if name.endswith(
+            "qkv.bias"
+        ):  # the keys' has no gradient but rounding, which Adam scales up
+            mine, value = (torch.cat([x[:width], x[2 * width :]]) for x in (mine, value))
+        torch.testing.assert_close(mine, value, rtol=0, atol=1e-5)
     assert {path.name for path in (workspace / "runs").iterdir()} >= {"one", "two"}
     assert not list((workspace / "runs").glob(".shared*"))
 
