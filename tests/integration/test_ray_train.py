@@ -192,12 +192,12 @@ def test_two_ranks_give_the_curve_of_one_process(
     )
     assert ours["reader"] == theirs["reader"]
     assert ours["ema"].keys() == theirs["ema"].keys()
-    # All weights together: Adam turns rounding into steps where a gradient is next to nothing.
-    got, expected = (
-        torch.cat([value.flatten() for value in content["ema"].values()])
-        for content in (ours, theirs)
-    )
-    assert float((got - expected).norm() / expected.norm()) < 1e-4
+    for name, value in theirs["ema"].items():
+        mine, width = ours["ema"][name], len(value) // 3
+        # The keys' bias has no gradient but rounding, which Adam scales up.
+        if name.endswith("qkv.bias"):
+            mine, value = (torch.cat([x[:width], x[2 * width :]]) for x in (mine, value))
+        torch.testing.assert_close(mine, value, rtol=0, atol=1e-5)
     assert {path.name for path in (workspace / "runs").iterdir()} >= {"one", "two"}
     assert not list((workspace / "runs").glob(".shared*"))
 
