@@ -78,8 +78,12 @@ class Outputs:
                 self._main[2].stop()
 
     def leave(self) -> None:
-        """Ends early: previews and scores that are not done are left to who goes on."""
+        """Ends early: previews and scores that are not done are left to who goes on.
+
+        The last checkpoint comes first: when it is complete older ones go, but for those in use.
+        """
         if self._main:
+            self._main[1].wait()
             self._main[2].stop()
 
     def follow(self, reader: Reader) -> None:

@@ -120,8 +120,9 @@ class Previews:
         """The first waiting job whose checkpoint is complete; with `wait` the others are over."""
         for job in list(self._waiting):
             if job.step in complete_steps(job.checkpoint.parent):
-                self._waiting.remove(job)
+                # In this order: the saver's thread asks meanwhile for the steps in use.
                 self._job = job
+                self._waiting.remove(job)
                 return job
             if wait:
                 self._waiting.remove(job)
