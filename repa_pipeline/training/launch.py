@@ -25,6 +25,7 @@ from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.device import cpu_count
 from repa_pipeline.errors import ConfigError, StageError
 from repa_pipeline.settings import as_json, from_json
+from repa_pipeline.training.world import EXIT_TERMINATED
 
 _END_S = 20.0
 _POLL_S = 0.1
@@ -59,6 +60,8 @@ def launch(config: TrainConfig, ranks: int) -> int:
     for attempt in range(1, attempts + 1):
         with tempfile.TemporaryDirectory() as folder:
             codes = _run_ranks(config, ranks, Path(folder))
+        if -signal.SIGTERM in codes:  # asked to end before it could note that: not to be restarted
+            return EXIT_TERMINATED
         killed = [rank for rank, code in enumerate(codes) if code < 0]
         if not killed:
             return next((code for code in codes if code not in (0, _ENDED)), 0)

@@ -191,6 +191,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert curve(workspace, "preempted") == undisturbed
 
 
+def test_sigterm_before_the_first_step_starts_nothing_again(workspace: Path) -> None:
+    process = start(settings(workspace, "early", ranks=2, steps=100_000))
+    wait_for(lambda: len(ranks_of(process)) == 2)
+    process.send_signal(signal.SIGTERM)
+    assert "start again" not in finish(process, 143)
+
+
 def test_an_error_of_any_rank_is_told_once(workspace: Path, tmp_path: Path) -> None:
     said = finish(start(settings(workspace, "bad", ranks=2, autoencoder="no-such")), 2)
     assert said.count("repa: unknown autoencoder 'no-such'") == 1
