@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 
@@ -12,11 +13,15 @@ from repa_pipeline.errors import RepaError
 _PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
-def main(path: str) -> int:
-    """Trains with the settings in `path`; returns the exit code."""
+def main(path: str, starter: int) -> int:
+    """Trains with the settings in `path` as a child of process `starter`; returns the exit code."""
     # A starter that is killed takes its ranks along: they save and end.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    from repa_pipeline.training.world import EXIT_TERMINATED
+
+    if os.getppid() != starter:  # it ended before this one could ask to be told
+        return EXIT_TERMINATED
     from repa_pipeline.commands import run_training
     from repa_pipeline.training.launch import read_config
 
@@ -28,4 +33,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    raise SystemExit(main(sys.argv[1], int(sys.argv[2])))

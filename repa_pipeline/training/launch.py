@@ -2,7 +2,8 @@
 
 A rank that is killed (out of memory, say) ends the others, which would wait for it for ever; all
 are started again and go on from the newest checkpoint, `max_failures` times. A rank that ends with
-an error of its own ends the run with that rank's exit code.
+an error of its own ends the run with that rank's exit code. SIGTERM is handed on to the ranks,
+which save and end, whenever it comes: also while they are being started.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.device import cpu_count
@@ -57,21 +57,36 @@ def launch(config: TrainConfig, ranks: int) -> int:
     ranks keep being killed.
     """
     attempts = config.max_failures + 1 if config.max_failures >= 0 else sys.maxsize
-    for attempt in range(1, attempts + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            codes = _run_ranks(config, ranks, Path(folder))
-        if -signal.SIGTERM in codes:  # asked to end before it could note that: not to be restarted
-            return EXIT_TERMINATED
-        killed = [rank for rank, code in enumerate(codes) if code < 0]
-        if not killed:
-            return next((code for code in codes if code not in (0, _ENDED)), 0)
-        said = f"rank {killed[0]} of {ranks} was killed by signal {-codes[killed[0]]}"
-        if attempt < attempts:
-            print(f"{said}; all start again from the newest checkpoint", file=sys.stderr)
+    with _noted(signal.SIGTERM) as asked:
+        for attempt in range(1, attempts + 1):
+            with tempfile.TemporaryDirectory() as folder:
+                codes = _run_ranks(config, ranks, Path(folder), asked)
+            killed = [rank for rank, code in enumerate(codes) if code < 0]
+            if not killed:
+                return next((code for code in codes if code not in (0, _ENDED)), 0)
+            if asked or -signal.SIGTERM in codes:  # a rank that had not begun to listen dies of it
+                return EXIT_TERMINATED
+            said = f"rank {killed[0]} of {ranks} was killed by signal {-codes[killed[0]]}"
+            if attempt < attempts:
+                print(f"{said}; all start again from the newest checkpoint", file=sys.stderr)
     raise StageError(
         f"{said}, and so it went {attempts} times: look for what kills ranks (memory, most "
         "often); the newest checkpoint is kept"
     )
+
+
+@contextlib.contextmanager
+def _noted(number: signal.Signals) -> Iterator[list[int]]:
+    """A list that grows by one with every such signal, which does nothing else meanwhile."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(number, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(number, before)
 
 
 def read_config(path: str) -> TrainConfig:
@@ -80,11 +95,11 @@ def read_config(path: str) -> TrainConfig:
     return config
 
 
-def _run_ranks(config: TrainConfig, ranks: int, folder: Path) -> list[int]:
+def _run_ranks(config: TrainConfig, ranks: int, folder: Path, asked: list[int]) -> list[int]:
     """Exit codes of all ranks, _ENDED of those that were ended because of another one."""
     path = folder / "config.json"
     path.write_text(json.dumps(as_json(config)), encoding="utf-8")
-    command = [sys.executable, "-m", "repa_pipeline.commands_rank", str(path)]
+    command = [sys.executable, "-m", "repa_pipeline.commands_rank", str(path), str(os.getpid())]
     with contextlib.ExitStack() as files:
         # Ranks meet the same errors; rank 0 tells them as they come, another one's wait.
         streams = [files.enter_context(open(folder / f"{r}.txt", "w+")) for r in range(1, ranks)]
@@ -94,7 +109,7 @@ def _run_ranks(config: TrainConfig, ranks: int, folder: Path) -> list[int]:
                 _environments(config, ranks), [None, *streams], strict=True
             )
         ]
-        codes = _watch(processes)
+        codes = _watch(processes, asked)
         if codes[0] in (_ENDED, 0):
             for code, stream in zip(codes[1:], streams, strict=True):
                 if code not in (_ENDED, 0):
@@ -119,25 +134,24 @@ def _environments(config: TrainConfig, ranks: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
 
 
-def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Waits for all; when one fails, the others have a little time to meet the same end."""
+def _watch(processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> list[int]:
+    """Waits for all; when one fails, the others have a little time to meet the same end.
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        _signal(processes, number)
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, hand_on) if in_main else None
+    Hands on to all each signal that `asked` gains, the first too if it came before the last rank.
+    """
+    told = 0
     try:
         while any(process.poll() is None for process in processes):
             failed = [process.returncode for process in processes if process.returncode]
             if failed:
                 return _end(processes, 0.0 if min(failed) < 0 else _END_S)
+            for number in asked[told:]:
+                _signal(processes, number)
+                told += 1
             time.sleep(_POLL_S)
         return [process.wait() for process in processes]
     finally:
         _signal(processes, signal.SIGKILL)
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float) -> list[int]:

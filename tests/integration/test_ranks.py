@@ -198,6 +198,30 @@ def test_sigterm_before_the_first_step_starts_nothing_again(workspace: Path) -> 
     assert "start again" not in finish(process, 143)
 
 
+# The starter is hit the moment its first rank exists: the second does not, and neither listens yet.
+HIT = """
+import os, subprocess, sys
+class Hit(subprocess.Popen):
+    def __init__(self, command, **kwargs):
+        super().__init__(command, **kwargs)
+        if "repa_pipeline.commands_rank" in command and kwargs["env"]["RANK"] == "0":
+            os.kill(os.getpid(), {number})
+subprocess.Popen = Hit
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_while_ranks_are_being_started_ends_them(
+    workspace: Path, number: signal.Signals, code: int
+) -> None:
+    config = settings(workspace, f"hit{code}", ranks=2, steps=100_000)
+    path = workspace / "hit.json"
+    path.write_text(json.dumps(as_json(config)))
+    command = [sys.executable, "-c", HIT.format(number=int(number)) + START, str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    finish(process, code)  # the pipes close when the last rank ends
+
+
 def test_an_error_of_any_rank_is_told_once(workspace: Path, tmp_path: Path) -> None:
     said = finish(start(settings(workspace, "bad", ranks=2, autoencoder="no-such")), 2)
     assert said.count("repa: unknown autoencoder 'no-such'") == 1
