@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from repa_pipeline.config import (
     CommonConfig,
     EncodeAllConfig,
-    EvaluateConfig,
     FeaturesConfig,
     IndexConfig,
     LatentsConfig,
     ReportConfig,
     RunsConfig,
-    SampleConfig,
 )
 from repa_pipeline.config_care import CopyConfig, RepairConfig, VerifyConfig
+from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig, InspectConfig
 from repa_pipeline.config_plan import PlanConfig
+from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.config_train import TrainConfig
 
 
@@ -99,11 +99,13 @@ COMMAND_TABLE: Mapping[str, Command] = {
         {"name": "NAME"},
     ),
     "sample": Command(
-        SampleConfig, "repa_pipeline.commands:sample", "Make images from a run's EMA weights."
+        SampleConfig,
+        "repa_pipeline.commands_sample:sample",
+        "Make images from a run's EMA weights.",
     ),
     "evaluate": Command(
         EvaluateConfig,
-        "repa_pipeline.commands:evaluate",
+        "repa_pipeline.commands_evaluate:evaluate",
         "Score samples: Fréchet distance, inception score, precision, recall.",
     ),
     "runs": Command(

@@ -13,19 +13,17 @@ from repa_pipeline.config import (
     EMBEDDED,
     EncodeAllConfig,
     EncodeConfig,
-    EvaluateConfig,
     FeaturesConfig,
     IndexConfig,
     LatentsConfig,
     ReportConfig,
     RunsConfig,
-    SampleConfig,
 )
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.index import Index
 from repa_pipeline.engine.contracts import Output
 from repa_pipeline.engine.ledger import Ledger, standing
-from repa_pipeline.engine.run import Progress, StageResult, run_stage
+from repa_pipeline.engine.run import Progress, StageResult
 from repa_pipeline.errors import ConfigError, UnknownNameError
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.resolve import Project, resolve
@@ -37,9 +35,9 @@ def run_index(config: IndexConfig) -> None:
     finished = _has_index(config)
     _index(config, relist=True)
     if finished:
-        _say(f"nothing to do: the index at {_store_url(config)} is finished")
+        say(f"nothing to do: the index at {_store_url(config)} is finished")
     elif not config.dry_run:
-        _say(f"index: {_store_url(config)}/index.parquet; next: repa encode-latents")
+        say(f"index: {_store_url(config)}/index.parquet; next: repa encode-latents")
 
 
 def encode_latents(config: LatentsConfig) -> None:
@@ -50,7 +48,7 @@ def encode_latents(config: LatentsConfig) -> None:
     index = _index(config)
     _run_pass(config, [latents_product(config, index)], index)
     if not config.dry_run:
-        _say("next: repa cache-features")
+        say("next: repa cache-features")
 
 
 def cache_features(config: FeaturesConfig) -> None:
@@ -61,7 +59,7 @@ def cache_features(config: FeaturesConfig) -> None:
     index = _index(config)
     _run_pass(config, features_products(config, index), index)
     if not config.dry_run:
-        _say("next: repa train")
+        say("next: repa train")
 
 
 def encode_all(config: EncodeAllConfig) -> None:
@@ -79,7 +77,7 @@ def encode_all(config: EncodeAllConfig) -> None:
     index = _index(config)
     _run_pass(config, [latents_product(config, index), *features_products(config, index)], index)
     if not config.dry_run:
-        _say("next: repa train")
+        say("next: repa train")
 
 
 def train(config: TrainConfig) -> None:
@@ -114,11 +112,11 @@ def run_training(
     from repa_pipeline.training.world import EXIT_TERMINATED, never, world_of_environment
 
     world = world_of_environment()
-    say = _say if world.is_main else _say_nothing
+    tell = say if world.is_main else _say_nothing
     plan = plan_training(config)
     teachers = [teacher.describe().name for teacher in plan.inputs.teachers]
     what = f"aligned with {', '.join(teachers)}" if teachers else "without a teacher"
-    say(
+    tell(
         f"train {plan.name}: {config.model} {what}, {config.steps:,} steps of "
         f"{config.batch_size} images ({plan.order.steps_per_epoch:,} steps an epoch), "
         f"{plan.dtype} on {plan.device}" + (f", {world.size} ranks" if world.size > 1 else "")
@@ -127,64 +125,20 @@ def run_training(
         from repa_pipeline.stages.train_check import check_training
 
         for line in (_train_dry_run(plan), *check_training(plan)):
-            say(line)
+            tell(line)
         return 0
     result = run_rank(plan, progress or progress_for_stream(), notice or never)
     if not result.num_new:
-        say(f"nothing to do: run {result.run.name} is at step {result.step:,}")
+        tell(f"nothing to do: run {result.run.name} is at step {result.step:,}")
     names = ("loss", "denoising", "alignment", "images_per_s", "data_wait", "mfu")
     shown = ", ".join(f"{n} {result.last[n]:.4g}" for n in names if n in result.last)
-    say(f"run: {result.run.folder} at step {result.step:,}" + (f" ({shown})" if shown else ""))
+    tell(f"run: {result.run.folder} at step {result.step:,}" + (f" ({shown})" if shown else ""))
     if result.stopped:
         if notice is None:
-            say("stopped by SIGTERM, saved; the same command goes on from here")
+            tell("stopped by SIGTERM, saved; the same command goes on from here")
         return EXIT_TERMINATED
-    say("next: repa sample --cfg 1.8 --interval 0,0.7")
+    tell("next: repa sample --cfg 1.8 --interval 0,0.7")
     return 0
-
-
-def sample(config: SampleConfig) -> None:
-    """`repa sample`."""
-    from repa_pipeline.diffusion.guidance import count_model_evaluations
-    from repa_pipeline.stages.sample import finish_samples, sample_stage
-
-    stage = sample_stage(config)
-    config = stage.config
-    evaluations = count_model_evaluations(
-        config.sampler, config.num_steps, scale=config.cfg, interval=config.interval
-    )
-    _say(
-        f"sample from {stage.checkpoint}: {config.num_images:,} images, {config.sampler} "
-        f"{config.num_steps} steps, cfg {config.cfg:g} on t in [{config.interval[0]:g}, "
-        f"{config.interval[1]:g}], {evaluations} model evaluations an image"
-    )
-    (images,) = stage.outputs
-    ledger = Ledger(images.store, "ledger", images.plan().fingerprint)
-    if config.dry_run:
-        describe(images, ledger)
-        return
-    ledgers = {images.name: ledger}
-    result = run_stage(stage, choose_executor(config), ledgers, progress_for_stream())
-    report_pass(result)
-    for path in finish_samples(stage):
-        _say(f"made: {path}")
-    _say("next: repa evaluate")
-
-
-def evaluate(config: EvaluateConfig) -> None:
-    """`repa evaluate`."""
-    from repa_pipeline.stages.evaluate import evaluate as score
-    from repa_pipeline.stages.evaluate import find_samples, summary
-
-    if config.dry_run:
-        reference = config.reference or "statistics of the training source"
-        _say(f"would score {find_samples(config)} with {config.network} against {reference}")
-        return
-    result = score(config, progress_for_stream())
-    if not result["new"]:
-        _say(f"nothing to do: {result['path']} is the result of these samples and settings")
-    _say(summary(result))
-    _say(f"result: {result['path']}; next: repa report")
 
 
 def runs(config: RunsConfig) -> None:
@@ -194,14 +148,14 @@ def runs(config: RunsConfig) -> None:
 
     found = list_runs(config)
     if not found:
-        _say(f"no runs in {runs_folder(config)}: run `repa train` first")
+        say(f"no runs in {runs_folder(config)}: run `repa train` first")
     for run in found:
         record = run.record()
         settings = record["config"]
         arrays = record["decided"]["data"]["arrays"]
         named = (part_name(name) for name in arrays if name.startswith("features."))
         teachers = list(dict.fromkeys(named))
-        _say(
+        say(
             f"{run.name}  step {run.last_step():,} of {settings['steps']:,}  {settings['model']}  "
             f"{', '.join(teachers) or 'vanilla'}  seed {settings['seed']}  {run.folder}"
         )
@@ -212,9 +166,9 @@ def report(config: ReportConfig) -> None:
     from repa_pipeline.report import write_report
 
     if config.dry_run:
-        _say(f"would write {config.output or 'report.html'} from the runs of {config.workspace}")
+        say(f"would write {config.output or 'report.html'} from the runs of {config.workspace}")
         return
-    _say(f"report: {write_report(config)}")
+    say(f"report: {write_report(config)}")
 
 
 def print_config(command: str | None, project: Project) -> None:
@@ -223,13 +177,13 @@ def print_config(command: str | None, project: Project) -> None:
         raise UnknownNameError(f"unknown command '{command}': known are {', '.join(COMMANDS)}")
     for name in [command] if command else COMMANDS:
         resolved = resolve(name, {}, project)
-        _say(f"[{name}]")
+        say(f"[{name}]")
         for key, origin in sorted(resolved.origins.items()):
             value = getattr(resolved.config, key)
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            _say(f"  {key} = {shown}  ({origin})")
+            say(f"  {key} = {shown}  ({origin})")
         for entry, changes in resolved.config.overrides.items():
-            _say(f"  {entry}: {changes}  ({project.path})")
+            say(f"  {entry}: {changes}  ({project.path})")
 
 
 def run_selftest_command(vectors: str, device: str, dtype: str, dry_run: bool = False) -> int:
@@ -241,9 +195,9 @@ def run_selftest_command(vectors: str, device: str, dtype: str, dry_run: bool = 
     if dry_run:
         planned, left_out = plan_selftest(vectors, choose_device(device), wanted)
         for file, name in planned:
-            _say(f"would check  {file}  {name}")
+            say(f"would check  {file}  {name}")
         for skipped in left_out:
-            _say(f"would skip  {skipped.file}: {skipped.reason}")
+            say(f"would skip  {skipped.file}: {skipped.reason}")
         return 0
     found = run_selftest(vectors, choose_device(device), wanted)
     for group in found.groups:
@@ -252,14 +206,14 @@ def run_selftest_command(vectors: str, device: str, dtype: str, dry_run: bool = 
         verdict = "ok" if group.passed else "FAILED"
         about = f" in {group.worst_array}" if group.worst_array and not group.passed else ""
         problem = f": {group.problem}" if group.problem else ""
-        _say(
+        say(
             f"{verdict:6}  {group.file}  {group.group}  worst error {worst} ({limit}, "
             f"{group.num_arrays} arrays){about}{problem}"
         )
     for skipped in found.skipped:
-        _say(f"skipped  {skipped.file}: {skipped.reason}")
+        say(f"skipped  {skipped.file}: {skipped.reason}")
     failed = sum(not group.passed for group in found.groups)
-    _say(
+    say(
         f"selftest on {found.device}, {found.dtype}: {len(found.groups) - failed} groups passed, "
         f"{failed} failed, {len(found.skipped)} skipped"
     )
@@ -271,29 +225,29 @@ def _index(config: IndexConfig, relist: bool = False) -> Index:
     from repa_pipeline.stages.index import cache_store, ensure_index, planned_index
 
     if config.source == EMBEDDED:
-        _say(
+        say(
             "source: the embedded data set (scikit-learn's handwritten digits); use --source, "
             "REPA_SOURCE or repa.toml for your own images"
         )
     if config.dry_run and not _has_index(config):
         index, num_bytes = planned_index(config)
-        _say(
+        say(
             f"plan: {cache_store(config).url}/index.parquet: {index.num_rows:,} images "
             f"({size(num_bytes)}) to read, decode and index; done: 0"
         )
         return index
     index = ensure_index(config, choose_executor(config), progress_for_stream(), relist)
     manifest = index.manifest
-    _say(
+    say(
         f"{index.num_rows:,} images in {manifest['num_classes']} classes, "
         f"{manifest['num_excluded']} excluded, {manifest['num_duplicates']} exact duplicates"
     )
     for remark in manifest["remarks"]:
-        _say(f"note: {remark}")
+        say(f"note: {remark}")
     for what, counts in (("excluded", "excluded_reasons"), ("converted", "notes")):
         if manifest[counts]:
             listed = "; ".join(f"{number} x {name}" for name, number in manifest[counts].items())
-            _say(f"{what}: {listed}")
+            say(f"{what}: {listed}")
     return index
 
 
@@ -325,7 +279,7 @@ def describe(output: Output, ledger: Ledger, also: str = "") -> None:
     """What --dry-run says of an output; `also`: what its bytes are counted without."""
     plan, done = output.plan(), standing(output, ledger)
     rows = sum(commit.rows for commit in done.values())
-    _say(
+    say(
         f"plan: {plan.where}: {plan.num_rows:,} {plan.unit} in {count(len(plan.shards), 'shard')}, "
         f"{size(plan.num_bytes)}{also}; done: {rows:,} {plan.unit} in {count(len(done), 'shard')}"
         + (", sealed" if output.is_sealed() else "")
@@ -336,19 +290,19 @@ def report_pass(result: StageResult, unit: str = "") -> None:
     """What a pass did, by output; `unit`: what a row is called, without one as the plan says."""
     if result.seconds:
         shown = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in result.seconds.items())
-        _say(f"time: {shown} (summed over threads and workers)")
+        say(f"time: {shown} (summed over threads and workers)")
     for name, output in result.outputs.items():
         plan = output.plan
         rows = f"{plan.num_rows:,} {unit or plan.unit}"
         if not output.num_new:
-            _say(f"nothing to do: {plan.where} is complete ({rows})")
+            say(f"nothing to do: {plan.where} is complete ({rows})")
             continue
         counts: Counter[str] = Counter()
         for commit in output.commits:
             counts.update(commit.counts)
         seen = "".join(f", {number:,} {what}" for what, number in counts.items())
-        _say(f"{name}: {rows}, {size(plan.num_bytes)}, sealed{seen}")
-        _say(f"output: {plan.where}")
+        say(f"{name}: {rows}, {size(plan.num_bytes)}, sealed{seen}")
+        say(f"output: {plan.where}")
 
 
 def _train_dry_run(plan: Any) -> str:
@@ -364,7 +318,8 @@ def _train_dry_run(plan: Any) -> str:
     )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a line for people, at once."""
     print(line, file=sys.stdout, flush=True)
 
 

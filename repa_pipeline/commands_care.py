@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import TYPE_CHECKING
 
+from repa_pipeline.commands import say
 from repa_pipeline.config_care import CopyConfig, RepairConfig, VerifyConfig
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.text import count, size
@@ -23,14 +23,14 @@ def verify(config: VerifyConfig) -> None:
         return _plan_verify(config)
     report = verify_cache(config, choose_executor(_without_devices(config)), progress_for_stream())
     for damage in report.damage:
-        _say(damage.what)
+        say(damage.what)
     for line in (*report.unread, *report.unfinished):
-        _say(line)
+        say(line)
     _say_foreign(report)
     if not report.is_recorded:
-        _say(f"note: {report.where} cannot be written to, no records were kept")
+        say(f"note: {report.where} cannot be written to, no records were kept")
     report.check()
-    _say(
+    say(
         f"verified: {count(len(report.arrays), 'array')}, {count(report.num_shards, 'shard')}, "
         f"{count(report.num_records, 'record')}, {size(report.num_bytes)}"
     )
@@ -46,16 +46,16 @@ def repair(config: RepairConfig) -> None:
     reader = choose_executor(_without_devices(config))
     repaired = repair_cache(config, choose_executor(config), progress_for_stream(), reader)
     for line in repaired.done:
-        _say(line)
+        say(line)
     for error in repaired.errors[1:]:
-        _say(f"not repaired: {error}")
+        say(f"not repaired: {error}")
     for damage in repaired.report.damage:
-        _say(f"still damaged: {damage.what}")
+        say(f"still damaged: {damage.what}")
     _say_foreign(repaired.report)
     repaired.check()
     report = repaired.report
     shards = f"{count(len(report.arrays), 'array')}, {count(report.num_shards, 'shard')} sound"
-    _say(f"repaired: {shards}" if repaired.done else f"nothing to repair: {shards}")
+    say(f"repaired: {shards}" if repaired.done else f"nothing to repair: {shards}")
 
 
 def copy(config: CopyConfig) -> None:
@@ -64,21 +64,21 @@ def copy(config: CopyConfig) -> None:
 
     if config.dry_run:
         for line in plan_copy(config):
-            _say(line)
+            say(line)
         return
     copied = copy_cache(config, progress_for_stream())
     for line in copied.damage:
-        _say(f"not copied: {line}")
+        say(f"not copied: {line}")
     for name in copied.left_out:
-        _say(f"left out: {name} is unfinished")
+        say(f"left out: {name} is unfinished")
     copied.check()
     shards = f"{count(copied.num_shards, 'shard')} ({copied.num_new:,} new)"
     looked = "read back" if config.verify == "read" else "sizes only"
-    _say(
+    say(
         f"{'copied' if copied.num_new else 'nothing to do'}: "
         f"{count(len(copied.arrays), 'array')}, {shards}, {size(copied.num_bytes)}, {looked}"
     )
-    _say(f"output: {copied.target}")
+    say(f"output: {copied.target}")
 
 
 def _plan_verify(config: VerifyConfig) -> None:
@@ -89,7 +89,7 @@ def _plan_verify(config: VerifyConfig) -> None:
     for current in open_rounds(survey, config.again):
         total, where = len(current.standing.recorded), current.array.where
         shards = f"{count(total, 'shard')}, {size(current.array.spec.num_bytes)}"
-        _say(f"plan: {where}: {shards} to read; done: {total - len(current.todo)}")
+        say(f"plan: {where}: {shards} to read; done: {total - len(current.todo)}")
 
 
 def _plan_repair(config: RepairConfig) -> None:
@@ -97,20 +97,16 @@ def _plan_repair(config: RepairConfig) -> None:
 
     damage = known_damage(config)
     for found in damage:
-        _say(f"would repair: {found}")
+        say(f"would repair: {found}")
     if not damage:
-        _say("no damage is known: would verify the cache first")
+        say("no damage is known: would verify the cache first")
 
 
 def _say_foreign(report: Report) -> None:
     for key in report.foreign:
-        _say(f"note: {report.where}/{key} is no part of the array: left alone")
+        say(f"note: {report.where}/{key} is no part of the array: left alone")
 
 
 def _without_devices(config: VerifyConfig) -> VerifyConfig:
     """Reading wants no GPU: several of them are no reason to start workers."""
     return dataclasses.replace(config, device="cpu")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stdout, flush=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repa_pipeline.commands import describe, report_pass
+from repa_pipeline.commands import describe, report_pass, say
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig, InspectConfig
 from repa_pipeline.engine.run import run_stage
 from repa_pipeline.observe import progress_for_stream
@@ -34,15 +33,15 @@ def inspect(config: InspectConfig) -> None:
 
         drawn = dataclasses.asdict(draw_pictures(config, state))
     if config.json:
-        return _say(json.dumps({**state.as_json(), **drawn}, indent=1))
+        return say(json.dumps({**state.as_json(), **drawn}, indent=1))
     for line in _index_lines(state.url, state.index):
-        _say(line)
+        say(line)
     for line in _array_lines(state.arrays):
-        _say(line)
+        say(line)
     for picture in drawn.get("pictures", ()):
-        _say(f"picture: {picture}")
+        say(f"picture: {picture}")
     for note in drawn.get("notes", ()):
-        _say(f"note: {note}")
+        say(f"note: {note}")
 
 
 def export(config: ExportConfig) -> None:
@@ -57,20 +56,20 @@ def export(config: ExportConfig) -> None:
     (output,) = stage.outputs
     names = [array.spec.name for array in output.exported.arrays]
     images = "with images" if output.with_images else "without images"
-    _say(f"export of {', '.join(names)}, {images}: {config.to} at {output.where}")
+    say(f"export of {', '.join(names)}, {images}: {config.to} at {output.where}")
     if config.dry_run:
         return describe(output, output.ledger, " and images" * output.with_images)
     if isinstance(output, ReferenceZip) and output.is_sealed():
         output.tidy()
-        return _say(f"nothing to do: {output.where} is complete")
+        return say(f"nothing to do: {output.where} is complete")
     ledgers = {output.name: output.ledger}
     result = run_stage(stage, LocalExecutor(), ledgers, progress_for_stream())
     made = result.outputs[output.name]
     if not made.num_new:
-        return _say(f"nothing to do: {output.where} is complete ({made.plan.num_rows:,} rows)")
+        return say(f"nothing to do: {output.where} is complete ({made.plan.num_rows:,} rows)")
     num_bytes = sum(commit.num_bytes for commit in made.commits)
-    _say(f"exported: {count(made.plan.num_rows, 'row')}, {size(num_bytes)}")
-    _say(f"output: {output.where}")
+    say(f"exported: {count(made.plan.num_rows, 'row')}, {size(num_bytes)}")
+    say(f"output: {output.where}")
 
 
 def import_(config: ImportConfig) -> None:
@@ -84,38 +83,38 @@ def import_(config: ImportConfig) -> None:
     if config.dry_run:
         if config.from_ == "reference":
             pairs = check_reference(config)
-            return _say(f"plan: {len(pairs):,} images and latents of {config.source}; done: 0")
+            return say(f"plan: {len(pairs):,} images and latents of {config.source}; done: 0")
         from repa_pipeline.stages.importing_tars import scan_tars
 
         tars = scan_tars(config.source)
         arrays = ", ".join(sorted(tars.samples[0].arrays))
-        return _say(f"plan: {len(tars.samples):,} samples of {config.source} with {arrays}")
+        return say(f"plan: {len(tars.samples):,} samples of {config.source} with {arrays}")
     run = import_reference if config.from_ == "reference" else import_webdataset
     index, result = run(config, choose_executor(config), progress_for_stream())
     manifest = index.manifest
-    _say(
+    say(
         f"{index.num_rows:,} rows in {manifest['num_classes']} classes, "
         f"{manifest['num_excluded']} excluded"
     )
     for remark in manifest["remarks"]:
-        _say(f"note: {remark}")
+        say(f"note: {remark}")
     report_pass(result, "rows")
-    _say("next: repa cache-features" if _has_images(manifest) else "next: repa train")
+    say("next: repa cache-features" if _has_images(manifest) else "next: repa train")
 
 
 def _export_run(config: ExportConfig) -> None:
     from repa_pipeline.stages.export_run import export_run, plan_export
 
     plan = plan_export(config)
-    _say(f"export of {plan.checkpoint}: {config.to} at {plan.destination}")
+    say(f"export of {plan.checkpoint}: {config.to} at {plan.destination}")
     if config.dry_run:
         return
     notes = export_run(plan)
     if notes is None:
-        return _say(f"nothing to do: {plan.destination} is complete")
+        return say(f"nothing to do: {plan.destination} is complete")
     for note in notes:
-        _say(f"note: {note}")
-    _say(f"output: {plan.destination}")
+        say(f"note: {note}")
+    say(f"output: {plan.destination}")
 
 
 def _is_checkpoint(config: ImportConfig) -> bool:
@@ -133,7 +132,7 @@ def _import_run(config: ImportConfig) -> None:
     inputs = imported.about["inputs"]
     teachers = ", ".join(f"{f['name']} ({f['width']})" for f in inputs["features"])
     steps = f"{imported.step:,} steps" if imported.step else "an unknown number of steps"
-    _say(
+    say(
         f"{config.source}: {imported.about['model_spec']['name']} after {steps}, "
         f"{inputs['num_classes']:,} classes of {inputs['resolution']} pixels, projectors: "
         f"{teachers or 'none'}; latents taken to be of {imported.about['latents']['autoencoder']}"
@@ -142,22 +141,22 @@ def _import_run(config: ImportConfig) -> None:
         return
     run, is_new = import_run(config, imported)
     if not is_new:
-        _say(f"nothing to do: run {run.name} is this checkpoint")
-    _say(f"run: {run.folder}; it can be sampled, not trained on")
-    _say(f"next: repa sample --run {run.name}")
+        say(f"nothing to do: run {run.name} is this checkpoint")
+    say(f"run: {run.folder}; it can be sampled, not trained on")
+    say(f"next: repa sample --run {run.name}")
 
 
 def _inspect_fidelity(config: InspectConfig) -> None:
     from repa_pipeline.stages.fidelity import check_fidelity, require_fidelity
 
     if config.dry_run:
-        return _say("would encode rows of the source again and compare")
+        return say("would encode rows of the source again and compare")
     found = check_fidelity(config)
     if config.json:
-        _say(json.dumps([dataclasses.asdict(array) for array in found], indent=1))
+        say(json.dumps([dataclasses.asdict(array) for array in found], indent=1))
     else:
         for array in found:
-            _say(array.as_line())
+            say(array.as_line())
     require_fidelity(found)
 
 
@@ -225,7 +224,3 @@ def _settings(values: Any) -> str:
 
 def _has_images(manifest: Any) -> bool:
     return not str(manifest["source"]).startswith("none ")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stdout, flush=True)

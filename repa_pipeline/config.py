@@ -11,8 +11,6 @@ from typing import Any
 
 from repa_pipeline.settings import (
     as_json,
-    check_fraction,
-    check_interval,
     check_not_negative,
     check_positive,
     decisions,
@@ -185,85 +183,6 @@ class FeaturesConfig(EncodeConfig):
 @dataclasses.dataclass(frozen=True)
 class EncodeAllConfig(FeaturesConfig, LatentsConfig):
     """`repa encode`: latents and teacher tokens from one decode of each image."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig(ClusterConfig):
-    """`repa sample`: a checkpoint -> images."""
-
-    run: str | None = setting(None, "Run to sample from (default: the only one).")
-    checkpoint: str | None = setting(None, "Checkpoint file (default: the run's newest).")
-    num_images: int = setting(50_000, "Images to make.", check=check_positive)
-    cfg: float = setting(
-        1.0, "Guidance scale; 1 is no guidance.", decides=True, check=check_not_negative
-    )
-    interval: tuple[float, float] = setting(
-        (0.0, 1.0),
-        "Guide only while LOW <= t <= HIGH (t = 1 is noise; of DiT t is timestep / 1000).",
-        decides=True,
-        check=check_interval,
-    )
-    sampler: str = setting(
-        "auto",
-        "Of SiT: sde (Euler-Maruyama), euler, heun; of DiT: ddpm, ddim. auto: sde or ddpm; ode: "
-        "euler or ddim.",
-        decides=True,
-        choices=("auto", "ode", "sde", "euler", "heun", "ddpm", "ddim"),
-    )
-    eta: float = setting(0.0, "Noise of a ddim step: 0 is none, 1 DDPM's.", check=check_fraction)
-    num_steps: int = setting(250, "Sampler steps.", decides=True, check=check_positive)
-    seed: int = setting(
-        0, "Image k depends on (checkpoint, settings, seed, k) alone.", decides=True
-    )
-    labels: str = setting("random", "random, balanced, or one class number.", decides=True)
-    batch_size: int = setting(64, "Images made together.", decides=True, check=check_positive)
-    shard_rows: int = setting(256, "Images of a stored shard.", decides=True, check=check_positive)
-    uint8: str = setting(
-        "truncate",
-        "255*x to integers: truncate (REPA's reference) or round (SiT, DiT).",
-        decides=True,
-        choices=("truncate", "round"),
-    )
-    use_ema: bool = setting(True, "Sample the EMA weights, not the raw ones.", decides=True)
-    dtype: str = setting(
-        "float32", "The model's compute type.", decides=True, choices=("float32", "bf16")
-    )
-    decoder: str | None = setting(
-        None, "Autoencoder to decode with (default: the cache's).", decides=True
-    )
-    decoder_weights: str | None = setting(None, "Local weights file of the decoder.")
-    grid: int = setting(100, "Images of the picture (0: none).", check=check_not_negative)
-    npz: bool = setting(True, "Also pack all images into one ADM-style npz.")
-    output: str | None = setting(None, "Folder for the result (default: below the workspace).")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig(CommonConfig):
-    """`repa evaluate`: images -> Fréchet distance and the other four numbers."""
-
-    run: str | None = setting(None, "Run whose samples are scored (default: the only one).")
-    samples: str | None = setting(None, "Sample folder or ADM npz (default: the only samples).")
-    network: str = setting("encoder:dinov2-b", "Feature network: a table name or encoder:NAME.")
-    network_weights: str | None = setting(None, "Local weights file of the feature network.")
-    reference: str | None = setting(
-        None, "ADM-style reference npz (default: statistics of the training source)."
-    )
-    batch_size: int = setting(64, "Images of one forward pass.", check=check_positive)
-    decode_threads: int = setting(4, "Threads that read and decode images.", check=check_positive)
-    scratch: str | None = setting(None, "Local folder for unpacked .tar.gz and parquet files.")
-    scratch_gb: float = setting(50.0, "Size limit of the scratch folder.", check=check_positive)
-    reference_images: int = setting(
-        10_000, "Reference images for precision and recall.", check=check_positive
-    )
-    pr_mode: str = setting(
-        "float32",
-        "Distances of precision and recall: float32, or adm_fp16 as the ADM suite has them.",
-        choices=("float32", "float64", "adm_fp16"),
-    )
-    is_split: int = setting(
-        5000, "Images of one block of the inception score.", check=check_positive
-    )
-    output: str | None = setting(None, "Where result.json goes (default: beside the samples).")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.config import EvaluateConfig
+from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.index import read_manifest
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes, open_store
 from repa_pipeline.device import choose_device, prepare_compute

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.config import EncodeConfig, EvaluateConfig, IndexConfig
+from repa_pipeline.config import EncodeConfig, IndexConfig
+from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.index import Index, read_index
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.engine.run import Progress

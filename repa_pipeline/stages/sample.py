@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.config import SampleConfig, decisions, from_json
+from repa_pipeline.config import decisions, from_json
+from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import (
     ArraySpec,

@@ -343,7 +343,7 @@ def test_samplers_are_chosen_by_what_a_model_answers() -> None:
 
 
 def test_the_choices_of_the_command_are_the_table() -> None:
-    from repa_pipeline.config import SampleConfig
+    from repa_pipeline.config_sample import SampleConfig
 
     (choices,) = (
         field.metadata["choices"]

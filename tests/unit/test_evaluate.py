@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from repa_pipeline.cli import main
-from repa_pipeline.config import EvaluateConfig, IndexConfig
+from repa_pipeline.config import IndexConfig
+from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.data.shards import RecordLayout

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from repa_pipeline.autoencoders import AUTOENCODERS
 from repa_pipeline.cli import main
-from repa_pipeline.config import SampleConfig
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig
+from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.errors import (
     ConfigError,
     DataError,

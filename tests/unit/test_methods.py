@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repa_pipeline.cli import main
-from repa_pipeline.config import SampleConfig
+from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.array import SealedArray
 from repa_pipeline.diffusion.interpolant import PATHS

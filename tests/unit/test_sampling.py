@@ -16,7 +16,7 @@ from PIL import Image
 
 from repa_pipeline.autoencoders.base import load_autoencoder
 from repa_pipeline.cli import main
-from repa_pipeline.config import SampleConfig
+from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.engine.contracts import Shard, run_phases
 from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.local import LocalExecutor

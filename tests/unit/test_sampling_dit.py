@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from repa_pipeline.cli import main
-from repa_pipeline.config import SampleConfig, decisions
+from repa_pipeline.config import decisions
+from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.diffusion.ddpm import chain, sample_ddim, sample_ddpm
 from repa_pipeline.diffusion.interpolant import States
 from repa_pipeline.errors import ConfigError
