@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """The machine and library versions a result was measured with; None for an absent library."""
-    packages = ("torch", "numpy", "zarr", "timm", "diffusers")
+    packages = ("torch", "numpy", "scipy", "zarr", "timm", "diffusers")
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
