@@ -14,6 +14,7 @@ LEVELS = {
     "errors": 0,
     "tables": 1,
     "text": 1,
+    "ranges": 1,
     "settings": 1,
     "config": 1,
     "config_plan": 2,

@@ -1,0 +1,53 @@
+"""Ranges of numbers on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from repa_pipeline.errors import ConfigError
+from repa_pipeline.ranges import intervals, numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1.8", (1.8,)),
+        ("1,1.4:1.6:0.1", (1.0, 1.4, 1.5, 1.6)),
+        ("1:2:0.4", (1.0, 1.4, 1.8)),
+        ("1, 1:1.2:0.1", (1.0, 1.1, 1.2)),
+        ("3:3:1", (3.0,)),
+    ],
+)
+def test_numbers(text: str, expected: tuple[float, ...]) -> None:
+    assert numbers(text, "cfg") == expected
+
+
+def test_a_range_has_the_numbers_one_reads() -> None:
+    found = numbers("1.0:2.5:0.1", "cfg")
+    assert found == tuple(round(1 + i / 10, 1) for i in range(16))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0,1", ((0.0, 1.0),)),
+        ("0,0.6:0.8:0.1", ((0.0, 0.6), (0.0, 0.7), (0.0, 0.8))),
+        ("0:0.5:0.5,0.2:0.7:0.5", ((0.0, 0.2), (0.0, 0.7), (0.5, 0.7))),
+    ],
+)
+def test_intervals(text: str, expected: tuple[tuple[float, float], ...]) -> None:
+    assert intervals(text, "interval") == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1:2", "1:2:0", "2:1:0.5", "1:2:-1", "nan", "inf", "0:1:1e-9", "1:2:3:4"]
+)
+def test_what_is_no_range_is_refused_in_a_line(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^cfg: got '{text}', expected "):
+        numbers(text, "cfg")
+
+
+@pytest.mark.parametrize("text", ["0.5", "0,1,2", "0.8,0.2", "0,1.2", "-0.1,1", "0,x"])
+def test_what_is_no_interval_is_refused_in_a_line(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^interval: got '{text}', expected "):
+        intervals(text, "interval")
