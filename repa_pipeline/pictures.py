@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,7 @@ def class_grid(images: Images, labels: npt.NDArray[np.int64], count: int) -> Ima
 
     With up to 10 classes, every row shows one class in order; otherwise images stand in order.
     """
-    rows = [images[indices] for indices in _grid_rows(labels, count)]
-    return _tile(rows, max(map(len, rows)))
+    return tiled([images[indices] for indices in _grid_rows(labels, count)])
 
 
 def _grid_rows(labels: npt.NDArray[np.int64], count: int) -> list[npt.NDArray[np.int64]]:
@@ -37,6 +37,19 @@ def _grid_rows(labels: npt.NDArray[np.int64], count: int) -> list[npt.NDArray[np
     shown = np.arange(min(count, len(labels)))
     columns = math.ceil(math.sqrt(len(shown)))
     return [shown[i : i + columns] for i in range(0, len(shown), columns)]
+
+
+def tiled(rows: Sequence[Images], gap: int = 2) -> Images:
+    """Rows of images uint8 [n, R, R, 3] as one picture [H, W, 3], `gap` white pixels between."""
+    columns = max(map(len, rows))
+    side = rows[0].shape[1]
+    step = side + gap
+    canvas = np.full((len(rows) * step + gap, columns * step + gap, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            top, left = gap + y * step, gap + x * step
+            canvas[top : top + side, left : left + side] = image
+    return canvas
 
 
 def png_bytes(image: Images) -> bytes:
@@ -53,14 +66,3 @@ def save_png(path: Path, image: Images) -> None:
     data = png_bytes(image)
     if not path.exists() or path.read_bytes() != data:
         LocalStore(str(path.parent)).put(path.name, data)
-
-
-def _tile(rows: list[Images], columns: int, gap: int = 2) -> Images:
-    side = rows[0].shape[1]
-    step = side + gap
-    canvas = np.full((len(rows) * step + gap, columns * step + gap, 3), 255, np.uint8)
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            top, left = gap + y * step, gap + x * step
-            canvas[top : top + side, left : left + side] = image
-    return canvas

@@ -123,9 +123,13 @@ def folded(summary: str, content: Any) -> Html:
 
 def picture(path: Path, alt: str) -> Html | None:
     """A PNG file as an <img> that holds its data, made smaller when large; None if unreadable."""
+    return picture_of(path.read_bytes(), alt)
+
+
+def picture_of(data: bytes, alt: str) -> Html | None:
+    """The same of a file's bytes."""
     from PIL import Image
 
-    data = path.read_bytes()
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()

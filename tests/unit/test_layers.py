@@ -43,6 +43,7 @@ LEVELS = {
     "stages": 8,
     "report": 9,
     "report_charts": 9,
+    "report_pictures": 9,
     "report_html": 9,
     "report_results": 9,
     "report_settings": 9,
