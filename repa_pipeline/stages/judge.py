@@ -29,6 +29,7 @@ from repa_pipeline.metrics.networks import (
     NETWORKS,
     NetworkSpec,
     Widths,
+    check_published,
     find_network_weights,
     load_network,
 )
@@ -58,14 +59,17 @@ def judge_spec(
     shard_rows: int,
     of: Mapping[str, Any],
     forward_images: int = FORWARD_IMAGES,
+    any_weights: bool = False,
 ) -> ArraySpec:
     """The array of `network`'s rows over `num_rows` images of `resolution` pixels; loads nothing.
 
     `weights` is a local file and comes before the table's; `of` says which images they are: for
-    samples {"samples": fingerprint of the images' array}. Raises UnknownNameError, ConfigError
-    (an entry that repa.toml changes), MissingError (weights).
+    samples `of_samples`. Raises UnknownNameError, ConfigError (an entry that repa.toml changes),
+    MissingError (weights), MismatchError (not the published weights, unless `any_weights`).
     """
     path, widths = _settle(config, network, weights, resolution)
+    if not any_weights:
+        check_published(network, path)
     manifest = {
         "kind": "judge",
         "network": network,
@@ -77,6 +81,12 @@ def judge_spec(
     }
     layout = RecordLayout((sum(widths),), "float32", shard_rows)
     return ArraySpec(judge_name(network), num_rows, layout, manifest)
+
+
+def of_samples(images: ArraySpec) -> dict[str, Any]:
+    """What identifies the images of a sample folder, whether they are kept or not; the settings
+    travel with their features, so that a score of features alone can say them."""
+    return {"samples": images.fingerprint, "settings": dict(images.manifest)}
 
 
 class Judge:
