@@ -231,6 +231,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "shard_rows": 100,
         },
         "evaluate": {"network": "digits-cnn", "is_split": 1000},
+        "reference": {"network": "digits-cnn"},
     },
     "imagenet": {},
 }
