@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from repa_pipeline.cluster.select import choose_executor
 from repa_pipeline.commands import describe, say
-from repa_pipeline.config_evaluate import EvaluateConfig, ReferenceConfig
+from repa_pipeline.config_evaluate import CertifyConfig, EvaluateConfig, ReferenceConfig
 from repa_pipeline.engine.run import ledger_of
 from repa_pipeline.observe import progress_for_stream
 
@@ -55,3 +60,44 @@ def reference(config: ReferenceConfig) -> None:
     if config.adm_npz:
         say(f"made: {write_adm_layout(config, made)} (ADM's layout)")
     say(f"next: repa evaluate --reference {made.path}")
+
+
+def certify(config: CertifyConfig) -> None:
+    """`repa certify`."""
+    from repa_pipeline.stages.certify import PARTS, lines
+    from repa_pipeline.stages.certify import certify as run
+    from repa_pipeline.stages.evaluate import evaluate as score
+
+    if config.dry_run:
+        for part in PARTS:
+            given = getattr(config, part.samples) or (part.guidance and config.checkpoint)
+            ready = bool(given and config.adm_reference)
+            say(f"would {'run' if ready else 'not run'} {part.name}")
+        return
+    result = run(
+        config,
+        lambda settings: score(settings, progress_for_stream(), choose_executor(settings)),
+        lambda checkpoint, changes: _sample(config, checkpoint, changes),
+    )
+    for line in lines(result):
+        say(line)
+    if result["exit_code"]:
+        raise SystemExit(result["exit_code"])
+
+
+def _sample(config: CertifyConfig, checkpoint: str, changes: Mapping[str, Any]) -> str:
+    """50,000 SDE samples of a checkpoint, as the published numbers are of; returns their folder."""
+    from repa_pipeline.commands_sample import sample
+    from repa_pipeline.config import ClusterConfig
+    from repa_pipeline.config_sample import SampleConfig
+
+    guidance = f"cfg{changes['cfg']:g}"
+    folder = Path(config.workspace) / "certify" / f"{Path(checkpoint).stem}.{guidance}"
+    settings: dict[str, Any] = {
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(ClusterConfig)},
+        **{"checkpoint": checkpoint, "output": str(folder), "num_images": 50_000},
+        **{"sampler": "sde", "num_steps": 250},
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()},
+    }
+    sample(SampleConfig(**settings))
+    return str(folder)

@@ -385,7 +385,9 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="holds images of 32 pixels, the samples have 16"):
         score(reference=str(tmp_path / "larger.npz"))
     np.savez(tmp_path / "other.npz", arr_0=random_images(9, 0), mu=np.zeros(7), sigma=np.eye(7))
-    with pytest.raises(MismatchError, match="has pool statistics of width 7, network toy-net gives 6"):
+    with pytest.raises(
+        MismatchError, match="has pool statistics of width 7, network toy-net gives 6"
+    ):
         score(reference=str(tmp_path / "other.npz"))
     np.savez(tmp_path / "bare.npz", arr_0=random_images(9, 0))
     with pytest.raises(DataError, match="has no mu and no sigma"):
