@@ -11,12 +11,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.array import fingerprint
-from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
+from repa_pipeline.data.objects import ObjectStore, get_json, json_bytes, open_store
 from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.contracts import Executor
 from repa_pipeline.engine.local import LocalExecutor
@@ -61,8 +60,9 @@ def evaluate(
         "reference": reference_identity(config),
         **{name: getattr(config, name) for name in _DECIDES},
     }
-    output = Path(config.output) if config.output else samples.result
-    standing = _standing(output)
+    where = config.output or samples.result
+    store, key = _parted(where)
+    standing = {} if store.size(key) is None else get_json(store, key)
     new = standing.get("recipe") != recipe
     result = standing
     if new:
@@ -77,9 +77,10 @@ def evaluate(
         judged = run_judge(samples.stage, executor, progress) if samples.stage else samples.judged()
         scores = compute_scores(config, judged, reference)
         result = {"recipe": recipe, **_result(config, samples, reference, scores)}
-        _keep(output, standing)
-        LocalStore(str(output.parent)).put(output.name, json_bytes(result))
-    told = {**result, "path": str(output), "new": new}
+        if standing:
+            store.put(_aside(key, standing), json_bytes(standing))
+        store.put(key, json_bytes(result))
+    told = {**result, "path": where, "new": new}
     return {**told, "compare": comparison(result)} if config.compare else told
 
 
@@ -113,7 +114,7 @@ def _result(
         "clipped_eigenvalues": scores.clipped,
         "kid": scores.kid,
         "num_samples": samples.spec.num_rows,
-        "samples": str(samples.path),
+        "samples": samples.where,
         "sample_settings": settings,
         "protocol": {key: (settings or {}).get(key) for key in _PROTOCOL},
         "network": network,
@@ -157,15 +158,14 @@ def _versions(network: str) -> dict[str, str]:
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
-def _standing(output: Path) -> dict[str, Any]:
-    store = LocalStore(str(output.parent))
-    return {} if store.size(output.name) is None else get_json(store, output.name)
+def _parted(where: str) -> tuple[ObjectStore, str]:
+    """The store that an object's path or URL is in, and its key there."""
+    folder, _, name = where.rpartition("/")
+    return open_store(folder or "."), name
 
 
-def _keep(output: Path, standing: Mapping[str, Any]) -> None:
-    """Moves a result of other settings aside: a score by one network does not replace another's."""
-    if not standing:
-        return
+def _aside(key: str, standing: Mapping[str, Any]) -> str:
+    """Where a result of other settings goes: one network's score does not replace another's."""
     network = str(standing["network"]["name"]).replace(":", "-")
     digest = fingerprint(standing.get("recipe", {}))[:8]
-    output.rename(output.with_name(f"{output.stem}.{network}.{digest}.json"))
+    return f"{key.removesuffix('.json')}.{network}.{digest}.json"

@@ -92,9 +92,8 @@ def judge_spec(
 
 
 def of_samples(images: ArraySpec) -> dict[str, Any]:
-    """What identifies the images of a sample folder, whether they are kept or not; the settings
-    travel with their features, so that a score of features alone can say them."""
-    return {"samples": images.fingerprint, "settings": dict(images.manifest)}
+    """What identifies the images of a sample folder, whether they are kept or not."""
+    return {"samples": images.fingerprint}
 
 
 class Judge:

@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.array import ArraySpec
-from repa_pipeline.data.objects import ObjectStore, open_store
+from repa_pipeline.data.objects import ObjectStore, get_json, open_store
 from repa_pipeline.errors import ConfigError, MissingError
-from repa_pipeline.stages.judge import Judged, judge_name, judge_spec, open_judged, standing_batch
+from repa_pipeline.stages.judge import (
+    Judged,
+    judge_name,
+    judge_spec,
+    open_judged,
+    standing_batch,
+)
 from repa_pipeline.stages.judge_images import (
     IMAGES,
     ImageSet,
@@ -25,22 +33,25 @@ from repa_pipeline.training.runs import find_run, list_runs
 
 # Where features of pictures in a source go, in the workspace.
 JUDGED = "judged"
+# What `repa sample` leaves of the settings, and its tars of pictures.
+SETTINGS, PICTURES = "settings.json", ("png", "jpeg")
+_NPZ_SETTINGS = "settings"
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredSamples:
     """Samples to score.
 
-    spec: the array of their features, below `features`. stage: the pass that makes it, None where
-    features alone were kept. result: where result.json goes. settings: how they were made, where
-    it is known.
+    where: path or URL. spec: the array of their features, below `features`. stage: the pass that
+    makes it, None where features alone were kept. result: where result.json goes. settings: how
+    they were made, where it is known.
     """
 
-    path: Path
+    where: str
     features: str
     spec: ArraySpec
     stage: JudgeStage | None
-    result: Path
+    result: str
     settings: Mapping[str, Any] | None
 
     def judged(self) -> Judged:
@@ -54,39 +65,55 @@ def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
     Reads manifests and headers, no pixels. Raises MissingError, ConfigError, DataError for
     samples, and as `judge_spec` for the network.
     """
-    path = find_samples(config)
-    if path.suffix == ".npz":
-        npz = adm_images(path)
-        features = path.with_suffix(".features") / npz.sha256[:12]
-        result = path.with_suffix(".result.json")
-        return _with_images(config, network, path, npz, str(features), result, None)
-    store, result = open_store(str(path)), path / "result.json"
-    if _has(store, IMAGES):
-        images = sample_images(str(path.resolve()))
-        settings = _plain(images.spec.manifest)
-        return _with_images(config, network, path, images, str(path.resolve()), result, settings)
-    if _has(store, judge_name(network)):
-        spec = open_judged(store, network).array.spec
-        settings = _plain(spec.manifest["of"]["settings"])
-        return ScoredSamples(path, str(path), spec, None, result, settings)
-    pictures = source_images(
-        str(config.samples or path), config.scratch, config.scratch_gb, config.decode_threads
-    )
-    features = Path(open_store(config.workspace).child(JUDGED).child(pictures.listing[:12]).url)
-    result = features / "result.json"
-    return _with_images(config, network, path, pictures, str(features), result, None)
+    where = find_samples(config)
+    if where.endswith(".npz"):
+        return _of_npz(config, network, Path(where))
+    if not _is_pattern(where):
+        store, result = open_store(where), f"{where.rstrip('/')}/result.json"
+        if _has(store, IMAGES):
+            images = sample_images(_absolute(where))
+            settings = _plain(images.spec.manifest)
+            return _with_images(config, network, where, images, where, result, settings)
+        if _has(store, judge_name(network)):
+            spec = open_judged(store, network).array.spec
+            return ScoredSamples(where, where, spec, None, result, _kept_settings(store))
+        for pictures in PICTURES:
+            if _has(store, pictures):
+                return _of_pictures(config, network, f"{where.rstrip('/')}/{pictures}", result)
+    return _of_pictures(config, network, where, None)
+
+
+def _of_npz(config: EvaluateConfig, network: str, path: Path) -> ScoredSamples:
+    images = adm_images(path)
+    features = path.with_suffix(".features") / images.sha256[:12]
+    result = path.with_suffix(".result.json")
+    with np.load(path, allow_pickle=False) as stored:
+        said = _NPZ_SETTINGS in stored.files
+        settings = json.loads(str(stored[_NPZ_SETTINGS])) if said else None
+    return _with_images(config, network, str(path), images, str(features), str(result), settings)
+
+
+def _of_pictures(
+    config: EvaluateConfig, network: str, where: str, result: str | None
+) -> ScoredSamples:
+    """Pictures in a source; `result`: where result.json goes, else beside their features."""
+    images = source_images(where, config.scratch, config.scratch_gb, config.decode_threads)
+    settings = None if _is_pattern(where) else _kept_settings(open_store(where))
+    features = open_store(config.workspace).child(JUDGED).child(images.listing[:12]).url
+    result = result or f"{features}/result.json"
+    return _with_images(config, network, where, images, features, result, settings)
 
 
 def _with_images(
     config: EvaluateConfig,
     network: str,
-    path: Path,
+    where: str,
     images: ImageSet,
     features: str,
-    result: Path,
+    result: str,
     settings: Mapping[str, Any] | None,
 ) -> ScoredSamples:
-    url = config.features or features
+    url = _absolute(config.features or features)
     spec = judge_spec(
         config,
         network,
@@ -99,35 +126,47 @@ def _with_images(
         any_weights=config.any_weights,
     )
     stage = JudgeStage(config, config.network_weights, images, url, spec, "sample features")
-    return ScoredSamples(path, url, spec, stage, result, settings)
+    return ScoredSamples(where, url, spec, stage, result, settings)
 
 
-def find_samples(config: EvaluateConfig) -> Path:
-    """The samples to score; refuses to guess between several."""
+def find_samples(config: EvaluateConfig) -> str:
+    """Path or URL of the samples to score; refuses to guess between several."""
     if config.samples:
-        path = Path(config.samples)
-        if not path.exists() and not _is_pattern(config.samples):
-            raise MissingError(f"no samples at {path}: check --samples")
-        return path
+        if not (Path(config.samples).exists() or _is_pattern(config.samples) or _is_url(config)):
+            raise MissingError(f"no samples at {config.samples}: check --samples")
+        return config.samples
     runs = [find_run(config, config.run)] if config.run else list_runs(config)
     seals = [seal for run in runs for seal in sorted(run.folder.glob("samples/*/*/seal.json"))]
     arrays = [seal.parent for seal in seals]
-    scorable = [a for a in arrays if a.name == IMAGES or a.name.startswith("judge.")]
-    folders = list(dict.fromkeys(array.parent for array in scorable))
+    known = [a for a in arrays if a.name in (IMAGES, *PICTURES) or a.name.startswith("judge.")]
+    folders = list(dict.fromkeys(array.parent for array in known))
     if not folders:
         raise MissingError("no finished samples in the workspace: run `repa sample` first")
     if len(folders) > 1:
         listed = ", ".join(str(folder) for folder in folders)
         raise ConfigError(f"{len(folders)} sets of samples ({listed}): choose with --samples")
-    return folders[0]
+    return str(folders[0])
+
+
+def _is_url(config: EvaluateConfig) -> bool:
+    return "://" in str(config.samples)
 
 
 def _is_pattern(samples: str) -> bool:
-    return any(sign in samples for sign in ("{", "*", "?", "[", "::", "://"))
+    return any(sign in samples for sign in ("{", "*", "?", "[", "::"))
+
+
+def _absolute(where: str) -> str:
+    """Workers need not run in the driver's folder."""
+    return where if "://" in where else str(Path(where).resolve())
 
 
 def _has(store: ObjectStore, array: str) -> bool:
     return store.size(f"{array}/seal.json") is not None
+
+
+def _kept_settings(store: ObjectStore) -> dict[str, Any] | None:
+    return None if store.size(SETTINGS) is None else get_json(store, SETTINGS)
 
 
 def _plain(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -410,11 +410,11 @@ def test_finding_samples(base: Path, tmp_path: Path) -> None:
         (tmp_path / "runs" / name / "run.json").write_text("{}")
     only = write_samples(tmp_path / "runs" / "one" / "samples" / "a", random_images(4, 0))
     (tmp_path / "runs" / "one" / "samples" / "unfinished" / "images").mkdir(parents=True)
-    assert find_samples(config) == only
+    assert find_samples(config) == str(only)
     second = write_samples(tmp_path / "runs" / "two" / "samples" / "b", random_images(4, 0))
     with pytest.raises(ConfigError, match=r"2 sets of samples \(.*\): choose with --samples"):
         find_samples(config)
-    assert find_samples(EvaluateConfig(workspace=str(tmp_path), run="two")) == second
+    assert find_samples(EvaluateConfig(workspace=str(tmp_path), run="two")) == str(second)
 
 
 def test_the_command(base: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
