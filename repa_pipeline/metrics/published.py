@@ -102,6 +102,15 @@ def rows_like(settings: Mapping[str, Any] | None) -> list[PublishedRow]:
     return rows
 
 
+def is_alike(row: PublishedRow, settings: Mapping[str, Any] | None) -> bool:
+    """Whether nothing that is known of the samples differs from what a row is of."""
+    known = {k: v for k, v in (settings or {}).items() if v is not None}
+    wanted = {"model": row.model, "step": row.step, "cfg": row.cfg}
+    if row.cfg != 1:
+        wanted["interval"] = list(row.interval)
+    return all(known.get(key, value) == value for key, value in wanted.items())
+
+
 def why_not_comparable(result: Mapping[str, Any]) -> list[str]:
     """What keeps a result from being compared with published numbers; empty where nothing does."""
     reasons = []
@@ -111,8 +120,8 @@ def why_not_comparable(result: Mapping[str, Any]) -> list[str]:
         reasons.append("another network than the published Inception-v3")
     if result["reference"]["kind"] != "adm":
         reasons.append("another reference than ADM's")
-    elif result["reference"]["file"] != ADM_FILE:
-        reasons.append(f"reference file {result['reference']['file']}, not {ADM_FILE}")
+    elif result["reference"]["adm_file"] != ADM_FILE:
+        reasons.append(f"reference file {result['reference']['adm_file']}, not {ADM_FILE}")
     elif result["reference"]["resolution"] != RESOLUTION:
         reasons.append(f"{result['reference']['resolution']} pixels, not {RESOLUTION}")
     settings = result["sample_settings"] or {}
@@ -125,14 +134,14 @@ def why_not_comparable(result: Mapping[str, Any]) -> list[str]:
 def comparison(result: Mapping[str, Any]) -> dict[str, Any]:
     """The published rows beside a result: {"comparable", "because", "rows"}.
 
-    A row holds its title, numbers and, where the result is comparable, `difference` (ours minus
-    published) by metric.
+    A row holds its title, numbers and, where the result is comparable and nothing known of the
+    samples is other than the row's, `difference` (ours minus published) by metric.
     """
     because = why_not_comparable(result)
     rows = []
     for row in rows_like(result["sample_settings"]):
         told: dict[str, Any] = {"title": row.title, "numbers": row.numbers}
-        if not because:
+        if not because and is_alike(row, result["sample_settings"]):
             told["difference"] = {
                 name: result["metrics"][name] - value
                 for name, value in row.numbers.items()
@@ -148,6 +157,8 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if not compared["comparable"]:
         lines.append("not comparable with published numbers: " + "; ".join(compared["because"]))
+    if not compared["rows"]:
+        lines.append("no published row is of this model")
     for row in compared["rows"]:
         shown = []
         for name, value in row["numbers"].items():

@@ -212,6 +212,8 @@ def _of_adm(
         "kind": "adm",
         "file": path.name,
         "sha256": images.sha256,
+        "adm_file": path.name,
+        "adm_sha256": images.sha256,
         "num_images": adm_shape(path)[0],
         **_made_with(stage),
     }
