@@ -95,6 +95,10 @@ def test_every_form_gives_the_same_numbers(base: Path, tmp_path: Path) -> None:
         assert found["metrics"] == want["metrics"] and found["new"]
         assert found["protocol"]["cfg"] == cfg
         np.testing.assert_array_equal(rows_of(features), rows)
+    shutil.copytree(base / "folder" / "images", tmp_path / "url" / "images")
+    url = evaluate(config_of(base, f"file://{tmp_path}/url"), Silent())
+    assert url["path"] == f"file://{tmp_path}/url/result.json"
+    assert url["metrics"] == want["metrics"]
     pattern = str(tars / "{000000,000040}.tar")
     found = evaluate(config_of(base, pattern, output=str(tmp_path / "r.json")), Silent())
     assert found["metrics"] == want["metrics"] and found["sample_settings"] is None
