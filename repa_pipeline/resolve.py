@@ -173,6 +173,9 @@ def _overrides(project: Project) -> dict[str, dict[str, Any]]:
 
 def _preset_name(values: Mapping[str, Any]) -> str:
     name = values.get("preset", "auto")
+    foreign = "source" not in values and any(values.get(key) for key in ("reference", "adm"))
+    if foreign and name == "auto":
+        return "imagenet"  # a reference file says nothing of the embedded digits
     if name == "auto":
         source = values.get("source", EMBEDDED)
         return "digits" if str(source).startswith("embedded:") else "imagenet"

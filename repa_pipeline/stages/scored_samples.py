@@ -80,6 +80,7 @@ def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
         for pictures in PICTURES:
             if _has(store, pictures):
                 return _of_pictures(config, network, f"{where.rstrip('/')}/{pictures}", result)
+        _check_no_samples_of_ours(store, network)
     return _of_pictures(config, network, where, None)
 
 
@@ -132,7 +133,8 @@ def _with_images(
 def find_samples(config: EvaluateConfig) -> str:
     """Path or URL of the samples to score; refuses to guess between several."""
     if config.samples:
-        if not (Path(config.samples).exists() or _is_pattern(config.samples) or _is_url(config)):
+        is_elsewhere = "://" in config.samples or _is_pattern(config.samples)
+        if not is_elsewhere and not Path(config.samples).exists():
             raise MissingError(f"no samples at {config.samples}: check --samples")
         return config.samples
     runs = [find_run(config, config.run)] if config.run else list_runs(config)
@@ -148,12 +150,19 @@ def find_samples(config: EvaluateConfig) -> str:
     return str(folders[0])
 
 
-def _is_url(config: EvaluateConfig) -> bool:
-    return "://" in str(config.samples)
-
-
 def _is_pattern(samples: str) -> bool:
     return any(sign in samples for sign in ("{", "*", "?", "[", "::"))
+
+
+def _check_no_samples_of_ours(store: ObjectStore, network: str) -> None:
+    """Raises MissingError for a sample folder without anything that can be scored."""
+    names = store.list("")
+    is_ours = SETTINGS in names or IMAGES in names
+    if is_ours and not any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in names):
+        raise MissingError(
+            f"{store.url} holds no finished images, pictures or features of {network}: finish "
+            f"`repa sample`, decode its latents, or sample with --score {network}"
+        )
 
 
 def _absolute(where: str) -> str:

@@ -173,6 +173,16 @@ def test_paths_in_the_file_are_relative_to_its_folder(tmp_path: Path) -> None:
     assert settle("train", project=project, environment=environment).config.workspace == "w"
 
 
+def test_a_reference_file_is_not_of_the_digits() -> None:
+    assert settle("evaluate").config.network == "digits-cnn"
+    evaluate = settle("evaluate", {"reference": "VIRTUAL_imagenet256_labeled.npz"}).config
+    assert (evaluate.network, evaluate.is_split) == ("auto", 5000)
+    assert settle("reference", {"adm": "ref.npz"}).config.resolution == 256
+    digits = {"reference": "ref.npz", "source": "embedded:digits"}
+    assert settle("evaluate", digits).config.network == "digits-cnn"
+    assert settle("certify").config.network == "auto"
+
+
 def test_urls_are_not_paths(tmp_path: Path) -> None:
     project = write(tmp_path, 'source = "embedded:digits"\nworkspace = "s3://bucket/ws"\n')
     config = settle("train", project=project).config

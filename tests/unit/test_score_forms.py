@@ -219,6 +219,10 @@ def test_forms_that_cannot_be_scored(base: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no tar at "):
         evaluate(config_of(base, tmp_path / "absent" / "{0..1}.tar"), Silent())
     folder = write_sample_folder(tmp_path / "samples", IMAGES)
+    (folder / "images" / "seal.json").rename(tmp_path / "seal.json")
+    with pytest.raises(MissingError, match="holds no finished images, pictures or features of dig"):
+        evaluate(config_of(base, folder), Silent())
+    (tmp_path / "seal.json").rename(folder / "images" / "seal.json")
     evaluate(config_of(base, folder, batch_size=8), Silent())
     with pytest.raises(MismatchError, match=r"other settings: batch_size is 8 there, 16 now"):
         evaluate(config_of(base, folder, batch_size=16), Silent())
