@@ -1,12 +1,13 @@
 """The table NETWORKS of frozen networks whose features judge images, and how one is loaded.
 
 A new network is one entry here and one loader function: `load(spec, path) -> nn.Module` whose
-forward maps images uint8 [B, 3, R, R] to Features. Any entry of the encoders' table serves as
-"encoder:NAME". Imports without torch.
+forward maps images uint8 [B, 3, R, R] to Features of the widths that the entry says. Any entry of
+the encoders' table serves as "encoder:NAME". Imports without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +25,35 @@ ENCODER_PREFIX = "encoder:"
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What is needed to load a network.
+    """What is needed to load a network, and how wide its features are.
 
     `loader` is "module:function"; `weights` a local path, or "asset:FILE" of this package, or None
-    where the user must give one; `config` the loader's own settings.
+    where the user must give one; `config` the loader's own settings. `pool`, `spatial`, `logits`:
+    widths of the features, 0 where there are none. With a `spatial_stride` the spatial map grows
+    with the image: `spatial` is then its channels and a cell stands for that many pixels a side.
     """
 
     name: str
     loader: str
     weights: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    pool: int = field(kw_only=True)
+    spatial: int = field(default=0, kw_only=True)
+    logits: int = field(default=0, kw_only=True)
+    spatial_stride: int = field(default=0, kw_only=True)
+
+    def widths(self, resolution: int) -> Widths:
+        """Widths of the features of images of `resolution` pixels."""
+        side = math.ceil(resolution / self.spatial_stride) if self.spatial_stride else 1
+        return Widths(self.pool, self.spatial * side**2, self.logits)
+
+
+class Widths(NamedTuple):
+    """Columns of pool, spatial and logits in a row of features, side by side in this order."""
+
+    pool: int
+    spatial: int = 0
+    logits: int = 0
 
 
 class Features(NamedTuple):
@@ -65,11 +85,18 @@ NETWORKS: Table[NetworkSpec] = Table(
             "digits-cnn",
             loader="repa_pipeline.metrics.digits_cnn:load",
             weights="asset:digits_cnn.safetensors",
+            pool=64,
+            spatial=7 * 8 * 8,
+            logits=10,
         ),
         NetworkSpec(
             "mobilenet-v1",
             loader="repa_pipeline.metrics.mobilenet_v1:load",
             config={"spatial_block": 10, "spatial_channels": 7},
+            pool=1024,
+            spatial=7,
+            spatial_stride=16,
+            logits=1000,
         ),
     ],
 )

@@ -66,7 +66,10 @@ def load(spec, path):
     return (PoolOnly if spec.name == "toy-pool" else Projections)(weights)
 
 
-NETWORKS = [NetworkSpec(name, "toy_network:load", {weights!r}) for name in ("toy-net", "toy-pool")]
+NETWORKS = [
+    NetworkSpec("toy-net", "toy_network:load", {weights!r}, pool=6, spatial=4, logits=5),
+    NetworkSpec("toy-pool", "toy_network:load", {weights!r}, pool=6),
+]
 '''
 
 
