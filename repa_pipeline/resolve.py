@@ -44,7 +44,7 @@ class Resolved:
 _PATHS = (
     *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
     *("weights", "decoder_weights", "network_weights", "output", "rates"),
-    *("origin", "target", "destination", "checkpoints"),
+    *("origin", "target", "destination", "checkpoints", "guide_checkpoint", "from_latents"),
 )
 _ENTRY_TABLES = ("encoders", "autoencoders", "models", "methods", "networks")
 
@@ -173,7 +173,8 @@ def _overrides(project: Project) -> dict[str, dict[str, Any]]:
 def _preset_name(values: Mapping[str, Any]) -> str:
     name = values.get("preset", "auto")
     if name == "auto":
-        source = values.get("source", EMBEDDED)
+        # A checkpoint somewhere else says nothing of the embedded digits.
+        source = values.get("source", "" if values.get("checkpoint") else EMBEDDED)
         return "digits" if str(source).startswith("embedded:") else "imagenet"
     if name not in PRESETS:
         raise ConfigError(f"unknown preset '{name}': known are auto, {', '.join(PRESETS)}")

@@ -158,7 +158,7 @@ def test_killed_sampling(project: Path) -> None:
     moments = random.Random(1)
 
     def num_done() -> int:
-        ledger = folder / "ledger"
+        ledger = folder / "ledger" / "images"
         return len(list(ledger.glob("*.json"))) if ledger.is_dir() else 0
 
     for low, high in ((1, 1), (3, 4)):
