@@ -97,6 +97,7 @@ class LatentSampler:
         self, model: SampledModel, steps: Steps, device: str, weaker: SampledModel | None = None
     ):
         self.model = model
+        self.weaker = weaker
         self.steps = steps
         self.device = device
         self._spec = SAMPLERS[steps.sampler]
