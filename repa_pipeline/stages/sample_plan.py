@@ -56,7 +56,7 @@ def sample_stage(config: SampleConfig) -> SampleStage:
     where = find_checkpoint(config)
     checkpoint = read_checkpoint(config, where)
     about = checkpoint.about
-    config = _with_training_entries(config, about)
+    config = with_training_entries(config, about)
     decoder = autoencoder_spec(config, config.decoder or about["latents"]["autoencoder"])
     _check_channels(decoder, about["latents"]["channels"], about["latents"]["autoencoder"])
     config = _settled(config, checkpoint, where)
@@ -153,15 +153,20 @@ def _guide_recipe(config: SampleConfig, checkpoint: Checkpoint) -> dict[str, Any
     if config.cfg == 1:
         raise ConfigError("--guide-checkpoint with --cfg 1 guides nothing: give another --cfg")
     guide = read_checkpoint(config, config.guide_checkpoint)
+    check_guide(guide, checkpoint)
+    return {"guide": {"checkpoint_sha256": guide.sha256, "step": guide.step}}
+
+
+def check_guide(guide: Checkpoint, checkpoint: Checkpoint) -> None:
+    """Raises MismatchError for a weaker checkpoint that cannot guide this one."""
     load_plugins(tuple(guide.about["config"]["plugins"]))
     difference = first_difference(_guided_by(guide), _guided_by(checkpoint))
     if difference:
         name, got, expected = difference
         raise MismatchError(
-            f"guide checkpoint {config.guide_checkpoint} does not fit {checkpoint.where}: {name} "
-            f"is {got!r}, expected {expected!r}; give a weaker checkpoint of the same latents"
+            f"guide checkpoint {guide.where} does not fit {checkpoint.where}: {name} is {got!r}, "
+            f"expected {expected!r}; give a weaker checkpoint of the same latents"
         )
-    return {"guide": {"checkpoint_sha256": guide.sha256, "step": guide.step}}
 
 
 def _guided_by(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -261,7 +266,7 @@ def _stage_of_latents(config: SampleConfig, folder: str) -> SampleStage:
     return _with_outputs(stage)
 
 
-def _with_training_entries(config: SampleConfig, about: Mapping[str, Any]) -> SampleConfig:
+def with_training_entries(config: SampleConfig, about: Mapping[str, Any]) -> SampleConfig:
     """Plugins and entry overrides of the training run, unless this command has its own."""
     trained: TrainConfig = from_json(TrainConfig, about["config"])
     return dataclasses.replace(

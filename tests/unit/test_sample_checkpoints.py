@@ -261,9 +261,7 @@ def test_another_file_on_a_worker_is_refused(workspace: Path, tmp_path: Path) ->
     shutil.copy(checkpoint_of(workspace), mine)
     stage = sample_stage(toy_sample_config(workspace, checkpoint=str(mine)))
     shutil.copy(checkpoint_of(workspace, "short"), mine)
-    with pytest.raises(
-        MismatchError, match="the checkpoint .*mine.pt on .* has sha256 .*, exp"
-    ):
+    with pytest.raises(MismatchError, match="the checkpoint .*mine.pt on .* has sha256 .*, exp"):
         stage.open({})
 
 
