@@ -38,6 +38,10 @@ class SampleConfig(ClusterConfig):
         "Checkpoint: a file or URL of a run, of the reference's code or a published DiT, or a "
         "folder of `repa export --to safetensors` (default: the run's newest).",
     )
+    downloads: str | None = setting(
+        None,
+        "Local folder of checkpoints from URLs (default: ~/.cache/repa-pipeline/checkpoints).",
+    )
     num_images: int = setting(50_000, "Images to make.", check=check_positive)
     cfg: float = setting(
         1.0, "Guidance scale; 1 is no guidance.", decides=True, check=check_not_negative

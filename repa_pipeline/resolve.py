@@ -45,6 +45,7 @@ _PATHS = (
     *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
     *("weights", "decoder_weights", "network_weights", "output", "rates"),
     *("origin", "target", "destination", "checkpoints", "guide_checkpoint", "from_latents"),
+    "downloads",
 )
 _ENTRY_TABLES = ("encoders", "autoencoders", "models", "methods", "networks")
 

@@ -1,7 +1,7 @@
 """What is sampled from: a checkpoint of ours or of others, here or at a URL, read and verified.
 
-A URL's file is downloaded once a machine, to $REPA_DOWNLOADS (~/.cache/repa-pipeline/checkpoints)
-in a folder named by its digest. Others' files are read by what `repa import` reads them with.
+A URL's file is downloaded once a machine, to DOWNLOADS/DIGEST, where nothing is ever removed.
+Others' files are read by what `repa import` reads them with.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from repa_pipeline.training.runs import find_run
 from repa_pipeline.weights import file_sha256
 
 ASSUMED_AUTOENCODER = "sd-vae-ft-ema"
+DOWNLOADS = ".cache/repa-pipeline/checkpoints"
 _PIECE_BYTES = 64 * 2**20
 _PIECES_AT_ONCE = 4
 
@@ -76,7 +77,7 @@ def read_checkpoint(config: SampleConfig, where: str, sha256: str | None = None)
     MissingError without a file, DamagedError for one that is torn, DataError, MismatchError or
     ConfigError for what cannot be sampled.
     """
-    path = fetch(where, sha256) if "://" in where else Path(where)
+    path = fetch(where, sha256, config.downloads) if "://" in where else Path(where)
     if not path.exists():
         raise MissingError(f"no checkpoint {path}: check --run or --checkpoint")
     found = _read_ours(path) if _is_ours(path) else _read_of_others(config, path)
@@ -153,8 +154,8 @@ def _read_of_others(config: SampleConfig, path: Path) -> Checkpoint:
     return Checkpoint(str(path), content, imported.digest, notes)
 
 
-def fetch(url: str, sha256: str | None = None) -> Path:
-    """The file at a URL as a local one, downloaded unless a file of its digest is here.
+def fetch(url: str, sha256: str | None = None, downloads: str | None = None) -> Path:
+    """The file at a URL as a local one, downloaded unless a file of its digest is in `downloads`.
 
     sha256: what it must have; without one, what the marker beside it says. A checkpoint that a
     run keeps in pieces (--checkpoints) is put together. Several processes may ask at once: one
@@ -166,7 +167,7 @@ def fetch(url: str, sha256: str | None = None) -> Path:
     store = open_store(base)
     marker = _remote_marker(store, name)
     wanted = sha256 or marker.get("sha256")
-    folder = downloads_folder()
+    folder = Path(downloads) if downloads else Path.home() / DOWNLOADS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w", encoding="utf-8") as lock:
@@ -179,14 +180,8 @@ def fetch(url: str, sha256: str | None = None) -> Path:
         if isinstance(error, RepaError):
             raise
         raise StageError(
-            f"cannot keep {url} in {folder}: {error}; free some space or set REPA_DOWNLOADS"
+            f"cannot keep {url} in {folder}: {error}; free some space or give --downloads"
         ) from error
-
-
-def downloads_folder() -> Path:
-    """Where downloaded checkpoints are kept; nothing there is removed by itself."""
-    given = os.environ.get("REPA_DOWNLOADS")
-    return Path(given) if given else Path.home() / ".cache" / "repa-pipeline" / "checkpoints"
 
 
 def _remote_marker(store: ObjectStore, name: str) -> dict[str, Any]:

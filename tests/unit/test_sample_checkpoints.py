@@ -211,22 +211,17 @@ def test_files_that_are_no_checkpoint(workspace: Path, tmp_path: Path) -> None:
 # URLs
 
 
-@pytest.fixture
-def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("REPA_DOWNLOADS", str(tmp_path / "downloads"))
-    return tmp_path / "downloads"
-
-
-def test_a_checkpoint_at_a_url(workspace: Path, downloads: Path, monkeypatch: Any) -> None:
+def test_a_checkpoint_at_a_url(workspace: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    downloads, kept = tmp_path / "kept", {"downloads": str(tmp_path / "kept")}
     path = checkpoint_of(workspace)
     store = open_store("memory://sample-url/plain")
     store.put("mine.pt", path.read_bytes())
     monkeypatch.setattr(sample_checkpoint, "_PIECE_BYTES", 100_000)  # many pieces
     url = "memory://sample-url/plain/mine.pt"
-    assert torch.equal(samples_of(workspace, checkpoint=url), samples_of(workspace))
+    assert torch.equal(samples_of(workspace, checkpoint=url, **kept), samples_of(workspace))
     digest = file_digest(path)
     assert [p.relative_to(downloads) for p in downloads.rglob("*.pt")] == [Path(digest) / "mine.pt"]
-    stage = sample_stage(toy_sample_config(workspace, checkpoint=url))
+    stage = sample_stage(toy_sample_config(workspace, checkpoint=url, **kept))
     assert stage.recipe["checkpoint_sha256"] == digest
     assert stage.output.startswith(f"{workspace}/samples/step12.sde4.cfg2-0-0.7.")
 
@@ -234,24 +229,25 @@ def test_a_checkpoint_at_a_url(workspace: Path, downloads: Path, monkeypatch: An
     store.delete("mine.pt")
     stage.load_sampler()
     with pytest.raises(MissingError, match="no checkpoint memory://sample-url/plain/mine.pt"):
-        fetch(url)
+        fetch(url, downloads=str(downloads))
     store.put("mine.pt", path.read_bytes())
     (downloads / digest / "mine.pt").write_bytes(b"torn")
-    assert fetch(url, digest).read_bytes() == path.read_bytes()
+    assert fetch(url, digest, str(downloads)).read_bytes() == path.read_bytes()
     store.put("mine.pt", path.read_bytes()[:-1])
     shutil.rmtree(downloads)
     with pytest.raises(DamagedError, match=f"expected {digest[:12]}: it was changed or cut short"):
-        fetch(url, digest)
+        fetch(url, digest, str(downloads))
     assert not list(downloads.rglob("*.pt"))
 
 
-def test_a_checkpoint_that_a_run_keeps_in_pieces(workspace: Path, downloads: Path) -> None:
+def test_a_checkpoint_that_a_run_keeps_in_pieces(workspace: Path, tmp_path: Path) -> None:
+    kept = {"downloads": str(tmp_path)}
     run = Run(workspace / "runs" / "toy")
     Mirror(run, open_store("memory://sample-url/toy"), 200_000).sync(keep=2, keep_every=0)
     url = f"memory://sample-url/toy/checkpoints/{run.newest_checkpoint().name}"
     assert len(open_store("memory://sample-url/toy").list("checkpoints")) > 3
-    assert torch.equal(samples_of(workspace, checkpoint=url), samples_of(workspace))
-    assert fetch(url).read_bytes() == run.newest_checkpoint().read_bytes()
+    assert torch.equal(samples_of(workspace, checkpoint=url, **kept), samples_of(workspace))
+    assert fetch(url, **kept).read_bytes() == run.newest_checkpoint().read_bytes()
     with pytest.raises(ConfigError, match="password|credentials"):
         fetch("s3://name:secret@bucket/x.pt")
 
