@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def sample(config: SampleConfig) -> None:
     """`repa sample`."""
     from repa_pipeline.stages.sample import finish_samples, sample_ledgers
+    from repa_pipeline.stages.sample_outputs import LATENTS
     from repa_pipeline.stages.sample_plan import sample_stage
 
     stage = sample_stage(config)
@@ -32,7 +33,10 @@ def sample(config: SampleConfig) -> None:
     report_pass(run_stage(stage, executor, ledgers, progress_for_stream()))
     for path in finish_samples(stage):
         say(f"made: {path}")
-    say("next: repa evaluate")
+    if {output.name for output in stage.outputs} == {LATENTS}:
+        say(f"next: repa sample --from-latents {stage.output}")
+    else:
+        say("next: repa evaluate")
 
 
 def _what(stage: SampleStage) -> str:

@@ -6,6 +6,7 @@ Others' files are read by what `repa import` reads them with.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -120,7 +121,10 @@ def _is_ours(path: Path) -> bool:
     """Whether this is a checkpoint of this package, be it a damaged one."""
     if path.is_dir():
         return False
-    return path.with_suffix(".json").is_file() or "format_version" in read_plain(path)
+    with contextlib.suppress(MissingError, DamagedError):
+        if {"sha256", "num_bytes"} <= read_marker(path).keys():
+            return True
+    return "format_version" in read_plain(path)
 
 
 def _read_ours(path: Path) -> Checkpoint:

@@ -65,17 +65,27 @@ def load_model(
     *,
     use_ema: bool = True,
     ema_decay: float = 0.0,
+    dtype: str = "float32",
     compile: bool = False,
 ) -> SampledModel:
-    """The network of a checkpoint on a device, ready to be asked."""
+    """The network of a checkpoint on a device, ready to be asked in `dtype`."""
     load_plugins(tuple(checkpoint.about["config"]["plugins"]))
     method = method_of_checkpoint(checkpoint.content)
     network = method.build()
     network.load_state_dict(weights_of(checkpoint, use_ema, ema_decay))
     network.to(device).eval().requires_grad_(False)
+    if dtype == "bf16":
+        cast_linears(network)
     if compile:
         compile_blocks(network, dynamic=False)
     return SampledModel(method, network, checkpoint.about)
+
+
+def cast_linears(network: nn.Module) -> None:
+    """Linear and convolution weights to bf16, which autocast would do at every step again."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +146,8 @@ class Draws:
     """The random numbers of a batch, sample by sample from CPU generators of its own.
 
     `noise` generators give what a sample starts from, float32; `sde` generators the increments,
-    float64, one step after the other. For a CUDA device the next increments are drawn on a thread
-    while it computes.
+    float64, one step after the other. With `ahead` (without a word: for a CUDA device) the next
+    increments are drawn on a thread while the device computes.
     """
 
     def __init__(
@@ -146,10 +156,13 @@ class Draws:
         sde: Sequence[torch.Generator],
         shapes: Shapes,
         device: str,
+        ahead: bool | None = None,
     ):
         self._noise, self._sde, self._shapes = noise, sde, shapes
         self._device = torch.device(device)
-        self._ahead = ThreadPoolExecutor(1) if self._device.type == "cuda" else None
+        self._is_cuda = self._device.type == "cuda"
+        is_ahead = self._is_cuda if ahead is None else ahead
+        self._ahead = ThreadPoolExecutor(1) if is_ahead else None
         self._next: Future[States] | None = None
 
     @classmethod
@@ -178,7 +191,8 @@ class Draws:
             torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators])
             for shape in self._shapes
         ]
-        return tuple(s.pin_memory() if self._ahead is not None else s for s in states)
+        # From pinned memory a copy waits for nothing that the device still computes.
+        return tuple(state.pin_memory() if self._is_cuda else state for state in states)
 
     def _placed(self, states: States) -> States:
         return tuple(state.to(self._device, non_blocking=True) for state in states)
@@ -210,7 +224,9 @@ class Sampler:
 
     def _load_models(self, where: str) -> LatentSampler:
         config, recipe = self.config, self._recipe
-        load = functools.partial(load_model, use_ema=config.use_ema, compile=config.compile)
+        load = functools.partial(
+            load_model, use_ema=config.use_ema, dtype=config.dtype, compile=config.compile
+        )
         checkpoint = read_checkpoint(config, where, recipe["checkpoint_sha256"])
         model = load(checkpoint, self.device, ema_decay=config.ema_decay)
         weaker = None

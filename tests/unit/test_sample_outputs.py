@@ -335,5 +335,12 @@ def test_the_command(
     assert "decode out: 6 latents, tiny-kl" in said and "made: out/samples.npz" in said
     wrong = repa(f"{line} --outputs gif", code=2)
     assert "outputs (flag --outputs): got ['gif'], expected some of npz, images, png" in wrong
+    guide = next((workspace / "runs/toy/checkpoints").glob("*.pt"))
+    said = repa(
+        f"{line} --guide-checkpoint {guide} --cfg 1.8 --interval 0,0.7 --num-steps 250 --dry-run"
+    )
+    assert f"250 model evaluations and 172 of the weaker {guide} an image" in said
+    said = repa(f"{line} --outputs latents --output alone")
+    assert "next: repa sample --from-latents alone\n" in said
     spec = image_spec(read_settings("out"))
     assert spec.fingerprint == open_samples("out").spec.fingerprint

@@ -33,10 +33,11 @@ from repa_pipeline.stages.sample import (
 )
 from repa_pipeline.stages.sample_labels import labels_of, sample_labels
 from repa_pipeline.stages.sample_plan import sample_stage
-from repa_pipeline.stages.sampler import Sampler, to_uint8
+from repa_pipeline.stages.sampler import Draws, LatentSampler, Sampler, to_uint8
 from repa_pipeline.stages.train import plan_training, train
 from repa_pipeline.testing.caches import isolated_tables, toy_train_config, write_toy_cache
 from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
+from repa_pipeline.training.draws import seed_of
 
 Images = npt.NDArray[np.uint8]
 
@@ -254,6 +255,40 @@ def test_ema_or_raw_weights(workspace: Path) -> None:
 
 def sampler_stage_checkpoint(workspace: Path) -> str:
     return str(sample_stage(config_of(workspace)).checkpoint)
+
+
+def test_draws_ahead_are_the_same_numbers() -> None:
+    shapes = ((4, 2, 2), (3,))
+
+    def drawn(ahead: bool) -> list[Any]:
+        noise, sde = (
+            [torch.Generator().manual_seed(seed_of(7, k, purpose)) for k in (0, 5)]
+            for purpose in ("noise", "sde")
+        )
+        draws = Draws(noise, sde, shapes, "cpu", ahead)
+        return [draws.noise(), *(draws.increments(step) for step in range(5))]
+
+    plain = drawn(ahead=False)
+    for got, expected in zip(drawn(ahead=True), plain, strict=True):
+        assert all(map(torch.equal, got, expected))
+    generator = torch.Generator().manual_seed(seed_of(7, 5, "sde"))
+    for states in plain[1:]:
+        for state, shape in zip(states, shapes, strict=True):
+            own = torch.randn(shape, generator=generator, dtype=torch.float64)
+            assert torch.equal(state[1], own)
+
+
+def test_weights_in_bf16_are_what_autocast_makes_of_them(workspace: Path) -> None:
+    cast = sampler_of(workspace, dtype="bf16")
+    assert cast.model.network.get_parameter("trunk.blocks.0.mlp.fc1.weight").dtype == torch.bfloat16
+    plain = sampler_of(workspace)
+    assert cast.latent_sampler is not None and plain.latent_sampler is not None
+    steps = cast.latent_sampler.steps
+    autocast = LatentSampler(plain.model, steps, "cpu")
+    draws = [Draws.seeded(0, [0, 1], ((4, 8, 8),), "cpu") for _ in range(2)]
+    labels = cast.labels.of([0, 1])
+    found = cast.latent_sampler.scaled(labels, draws[0])
+    assert torch.equal(found, autocast.scaled(labels, draws[1]))
 
 
 def test_bf16_is_close_to_float32(workspace: Path) -> None:
