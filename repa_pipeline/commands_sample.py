@@ -42,10 +42,12 @@ def sample(config: SampleConfig) -> None:
 def _what(stage: SampleStage) -> str:
     """What is about to be sampled, and what an image costs."""
     from repa_pipeline.diffusion.guidance import count_evaluations
+    from repa_pipeline.stages.sample_outputs import LATENTS
 
     config, num_images = stage.config, stage.recipe["num_images"]
-    if stage.checkpoint is None:
-        return f"decode {config.from_latents}: {num_images:,} latents, {stage.recipe['decoder']}"
+    latents = None if LATENTS in stage.writes else stage.finished_latents()
+    if latents is not None:
+        return f"decode {latents}: {num_images:,} latents, {stage.recipe['decoder']}"
     autoguided = config.guide_checkpoint is not None
     own, weaker = count_evaluations(
         config.sampler,

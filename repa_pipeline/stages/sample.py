@@ -106,17 +106,29 @@ class SampleStage:
             for spec in self.judges
             if spec.name in names
         }
-        source = None
-        if self.config.from_latents:
-            source = ShardRows(open_latents(self.config.from_latents))
-        return _SampleWork(self, self.load_sampler(names != {LATENTS}), judges, source, wanted)
+        finished = None if LATENTS in names else self.finished_latents()
+        sampler = self.load_sampler(samples=finished is None, decodes=names != {LATENTS})
+        source = None if finished is None else ShardRows(open_latents(finished))
+        return _SampleWork(self, sampler, judges, source, wanted)
 
-    def load_sampler(self, decodes: bool = True) -> Sampler:
-        """The models, loaded; those that `decodes` and the stage's own source need."""
+    def finished_latents(self) -> str | None:
+        """The folder whose finished latents are decoded instead of sampling: another one, or the
+        output's own where they stand there already."""
+        if self.config.from_latents:
+            return self.config.from_latents
+        standing = SampleArray(
+            self.output, self.latents, Claim(self.output, self.recipe, self.labels)
+        )
+        return self.output if standing.sealed() else None
+
+    def load_sampler(self, *, samples: bool = True, decodes: bool = True) -> Sampler:
+        """What makes the samples, loaded: models where it `samples`, the decoder where it
+        `decodes`."""
         from repa_pipeline.stages.sampler import Sampler
 
+        checkpoint = self.checkpoint if samples else None
         return Sampler(
-            self.config, self.recipe, self.labels, checkpoint=self.checkpoint, decodes=decodes
+            self.config, self.recipe, self.labels, checkpoint=checkpoint, decodes=decodes
         )
 
 

@@ -178,6 +178,24 @@ def test_latents_are_decoded_later_to_the_same_bytes(
     assert np.array_equal(images_in(tmp_path / "latents"), images_in(direct))
 
 
+def test_latents_that_stand_there_are_not_sampled_again(
+    workspace: Path, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(workspace, tmp_path / "out", outputs=("latents",))
+    monkeypatch.setattr(
+        "repa_pipeline.stages.sampler.load_model", lambda *_, **__: pytest.fail("a model")
+    )
+    make(workspace, tmp_path / "out", outputs=("images",))
+    assert files(tmp_path / "out" / "images") == files(direct / "images")
+    # One that is damaged is sampled again.
+    monkeypatch.undo()
+    key = tmp_path / "out" / "latents" / "c" / "1" / "0" / "0" / "0"
+    before = key.read_bytes()
+    key.write_bytes(before[:-1])
+    make(workspace, tmp_path / "out", outputs=("latents", "png"))
+    assert key.read_bytes() == before
+
+
 def test_latents_through_another_decoder(workspace: Path, direct: Path, tmp_path: Path) -> None:
     folder = tmp_path / "latents"
     make(workspace, folder, outputs=("latents",))
