@@ -56,7 +56,6 @@ from repa_pipeline.stages.sampler import (
 from repa_pipeline.weights import file_sha256, load_state
 
 VAE_FILE, VAE_RECORD = "vae.safetensors", "vae.json"
-OUTPUT_TYPES = ("pil", "np", "latent")
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
@@ -193,7 +192,10 @@ class REPAPipeline:
         is the same (default: all at once). guide: a weaker pipeline, for autoguidance; sampler,
         eta, dtype, uint8 as in `repa sample`. Raises ConfigError for settings that do not fit.
         """
-        labels = self._checked(class_labels, output_type)
+        _check_choice("output_type", output_type, ("pil", "np", "latent"))
+        _check_choice("dtype", dtype, ("float32", "tf32", "bf16"))
+        _check_choice("uint8", uint8, ("truncate", "round"))
+        labels = self._checked(class_labels)
         steps = Steps(
             self._sampler(sampler), num_inference_steps, guidance_scale, guidance_interval, eta,
             "float32" if dtype == "tf32" else dtype,
@@ -222,10 +224,7 @@ class REPAPipeline:
             made = in_batches(batch, list(range(len(labels))), batch_size or len(labels))
         return REPAPipelineOutput(_converted(made, output_type))
 
-    def _checked(self, class_labels: Sequence[int], output_type: str) -> npt.NDArray[np.int64]:
-        if output_type not in OUTPUT_TYPES:
-            known = ", ".join(OUTPUT_TYPES)
-            raise ConfigError(f"output_type: got '{output_type}', expected one of {known}")
+    def _checked(self, class_labels: Sequence[int]) -> npt.NDArray[np.int64]:
         num_classes = self._checkpoint.about["inputs"]["num_classes"]
         labels = np.array(list(class_labels), np.int64)
         if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
@@ -238,6 +237,11 @@ class REPAPipeline:
     def _sampler(self, name: str) -> str:
         what = f"a model of {self._checkpoint.about['model_spec']['name']}"
         return choose_sampler(name, answers_of(self.model.method), what).name
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}: got '{value}', expected one of {', '.join(known)}")
 
 
 def _drawing(generator: int | Generators, seeds: list[int], shapes: Any, device: str) -> Any:

@@ -164,6 +164,8 @@ def test_what_is_refused(workspace: Path) -> None:
         ({"class_labels": [3]}, r"class_labels: got \[3\], expected classes from 0 to 2"),
         ({"class_labels": []}, "class_labels: got"),
         ({"class_labels": [0], "output_type": "pt"}, "output_type: got 'pt', expected one of pil"),
+        ({"class_labels": [0], "dtype": "fp16"}, "dtype: got 'fp16', expected one of float32"),
+        ({"class_labels": [0], "uint8": "floor"}, "uint8: got 'floor', expected one of truncate"),
         ({"class_labels": [0], "sampler": "ddpm"}, "sampler ddpm does not fit a model of SiT-XS/2"),
         ({"class_labels": [0], "indices": [1, 2]}, "indices: got 2, expected one for 1 labels"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "generator: got 1, expected"),
