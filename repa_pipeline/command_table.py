@@ -15,7 +15,7 @@ from repa_pipeline.config import (
     RunsConfig,
 )
 from repa_pipeline.config_care import CopyConfig, RepairConfig, VerifyConfig
-from repa_pipeline.config_evaluate import EvaluateConfig
+from repa_pipeline.config_evaluate import CertifyConfig, EvaluateConfig, ReferenceConfig
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig, InspectConfig
 from repa_pipeline.config_plan import PlanConfig
 from repa_pipeline.config_sample import SampleConfig
@@ -107,6 +107,16 @@ COMMAND_TABLE: Mapping[str, Command] = {
         EvaluateConfig,
         "repa_pipeline.commands_evaluate:evaluate",
         "Score samples: Fréchet distance, inception score, precision, recall.",
+    ),
+    "reference": Command(
+        ReferenceConfig,
+        "repa_pipeline.commands_evaluate:reference",
+        "Make statistics to score against, from a source, a cache's source or ADM's npz.",
+    ),
+    "certify": Command(
+        CertifyConfig,
+        "repa_pipeline.commands_evaluate:certify",
+        "Check evaluator, sampler and trainer against published numbers; exit 1 if one is off.",
     ),
     "runs": Command(
         RunsConfig, "repa_pipeline.commands:runs", "List the training runs of the workspace."

@@ -232,6 +232,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "resolution": 0,  # of a file of others, which is not of digits
         },
         "evaluate": {"network": "digits-cnn", "is_split": 1000},
+        "reference": {"network": "digits-cnn"},
     },
     "imagenet": {},
 }

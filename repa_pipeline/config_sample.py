@@ -131,6 +131,7 @@ class SampleConfig(ClusterConfig):
         (), "Networks whose features of every image are written, for `repa evaluate`."
     )
     network_weights: str | None = setting(None, "Local weights file of the one --score network.")
+    any_weights: bool = setting(False, "Let --score take other weights than the published ones.")
     jpeg_quality: int = setting(95, "Quality of jpeg, without subsampling.", check=check_quality)
     grid: int = setting(100, "Images of the picture (0: none).", check=check_not_negative)
     npz: bool = setting(

@@ -42,6 +42,7 @@ class Resolved:
 
 
 _PATHS = (
+    *("adm", "adm_npz", "adm_reference", "adm_samples", "plain", "guided", "trained", "features"),
     *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
     *("weights", "decoder_weights", "network_weights", "output", "rates"),
     *("origin", "target", "destination", "checkpoints", "guide_checkpoint", "from_latents"),

@@ -19,11 +19,12 @@ def inception_score(logits: NDArray[np.floating], split_size: int = 5000) -> flo
     if len(logits) == 0:
         raise DataError("inception score of 0 images: at least 1 is needed")
     starts = range(0, len(logits), split_size)
-    scores = [_block_score(logits[start : start + split_size]) for start in starts]
+    scores = [block_score(logits[start : start + split_size]) for start in starts]
     return float(np.mean(scores))
 
 
-def _block_score(logits: NDArray[np.floating]) -> float:
+def block_score(logits: NDArray[np.floating]) -> float:
+    """exp(mean KL(p(y|x) || p(y))) of one block of logits [n, K]."""
     logits_NK = logits.astype(np.float64)
     log_p_NK = logits_NK - _log_sum_exp(logits_NK, axis=1)
     log_marginal_1K = _log_sum_exp(log_p_NK, axis=0) - np.log(len(log_p_NK))

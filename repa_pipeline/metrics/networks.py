@@ -31,6 +31,8 @@ class NetworkSpec:
     where the user must give one; `config` the loader's own settings. `pool`, `spatial`, `logits`:
     widths of the features, 0 where there are none. With a `spatial_stride` the spatial map grows
     with the image: `spatial` is then its channels and a cell stands for that many pixels a side.
+    `sha256`: how the hash of the published file begins, where scores by others would mislead.
+    `download`: "module:function" that gets that file where the user names none.
     """
 
     name: str
@@ -41,6 +43,8 @@ class NetworkSpec:
     spatial: int = field(default=0, kw_only=True)
     logits: int = field(default=0, kw_only=True)
     spatial_stride: int = field(default=0, kw_only=True)
+    sha256: str = field(default="", kw_only=True)
+    download: str | None = field(default=None, kw_only=True)
 
     def widths(self, resolution: int) -> Widths:
         """Widths of the features of images of `resolution` pixels."""
@@ -98,6 +102,22 @@ NETWORKS: Table[NetworkSpec] = Table(
             spatial_stride=16,
             logits=1000,
         ),
+        NetworkSpec(
+            "inception-v3",
+            loader="repa_pipeline.metrics.inception:load",
+            pool=2048,
+            spatial=7 * 17 * 17,
+            logits=1008,
+            sha256="6726825d",
+            download="repa_pipeline.metrics.inception:download",
+        ),
+        NetworkSpec(
+            "fd-dinov2",
+            loader="repa_pipeline.metrics.fd_dinov2:load",
+            pool=1024,
+            download="repa_pipeline.metrics.fd_dinov2:download",
+            config={"architecture": "vit_large_patch14_dinov2"},
+        ),
     ],
 )
 
@@ -125,6 +145,9 @@ def find_network_weights(name: str, weights: str | None = None) -> Path:
     spec = NETWORKS[name]
     chosen = weights or spec.weights
     ways_out = f'`--network-weights PATH`, or `[networks.{name}] weights = "PATH"` in repa.toml'
+    if chosen is None and spec.download:
+        got: Path = resolve(spec.download)(ways_out)
+        return got
     if chosen is None:
         raise MissingError(f"network '{name}' loads from a local file only: give {ways_out}")
     asset = chosen.startswith(ASSET_PREFIX)
@@ -132,6 +155,22 @@ def find_network_weights(name: str, weights: str | None = None) -> Path:
     if not path.is_file():
         raise MissingError(f"no weights file at {chosen} for network '{name}': give {ways_out}")
     return path
+
+
+def is_published(name: str, weights_sha256: str) -> bool:
+    """Whether a network of the table has its published weights; True where none are laid down."""
+    return name not in NETWORKS or weights_sha256.startswith(NETWORKS[name].sha256)
+
+
+def check_published(name: str, path: Path) -> None:
+    """Raises MismatchError unless the file is the one that scores by this network are made with."""
+    digest = file_sha256(path)
+    if not is_published(name, digest):
+        raise MismatchError(
+            f"{path} is not the published weights of network '{name}': its sha256 begins with "
+            f"{digest[:8]}, expected {NETWORKS[name].sha256}; give the published file, or accept "
+            "this one with --any-weights, and the score will not be called FID"
+        )
 
 
 class TableNetwork:

@@ -60,6 +60,16 @@ class RunningStatistics:
         self.mean = self.mean + delta * (other.n / total)
         self.n = total
 
+    def without(self, part: RunningStatistics) -> RunningStatistics:
+        """The triple of the rows that are not in `part`, which was merged into this one."""
+        left = self.n - part.n
+        if left <= 0:
+            raise DataError(f"{part.n} of {self.n} images left out: none is left")
+        mean = (self.mean * self.n - part.mean * part.n) / left
+        delta = part.mean - mean
+        scatter = self.scatter - part.scatter - np.outer(delta, delta) * (left * part.n / self.n)
+        return RunningStatistics(left, mean, scatter)
+
     def finalize(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean [D] and covariance [D, D] over N - 1, float64, as np.cov.
 

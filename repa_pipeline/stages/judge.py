@@ -18,17 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from repa_pipeline.config import CommonConfig
-from repa_pipeline.data.array import ArraySpec, SealedArray, open_sealed
+from repa_pipeline.data.array import ArraySpec, SealedArray, open_sealed, read_spec
 from repa_pipeline.data.objects import ObjectStore
 from repa_pipeline.data.shards import RecordLayout, as_rows
 from repa_pipeline.device import choose_device
 from repa_pipeline.encoders import ENCODERS, EncoderSpec
-from repa_pipeline.errors import ConfigError, MismatchError
+from repa_pipeline.errors import ConfigError, MismatchError, MissingError
 from repa_pipeline.metrics.networks import (
     ENCODER_PREFIX,
     NETWORKS,
     NetworkSpec,
     Widths,
+    check_published,
     find_network_weights,
     load_network,
 )
@@ -48,6 +49,14 @@ def judge_name(network: str) -> str:
     return f"judge.{network.replace(':', '-')}"
 
 
+def standing_batch(store: ObjectStore, network: str) -> int:
+    """Images of a forward pass of the rows that stand, finished or not, in `store`; else 64."""
+    try:
+        return int(read_spec(store, judge_name(network)).manifest["batch_size"])
+    except MissingError:
+        return FORWARD_IMAGES
+
+
 def judge_spec(
     config: CommonConfig,
     network: str,
@@ -58,14 +67,17 @@ def judge_spec(
     shard_rows: int,
     of: Mapping[str, Any],
     forward_images: int = FORWARD_IMAGES,
+    any_weights: bool = False,
 ) -> ArraySpec:
     """The array of `network`'s rows over `num_rows` images of `resolution` pixels; loads nothing.
 
     `weights` is a local file and comes before the table's; `of` says which images they are: for
-    samples {"samples": fingerprint of the images' array}. Raises UnknownNameError, ConfigError
-    (an entry that repa.toml changes), MissingError (weights).
+    samples `of_samples`. Raises UnknownNameError, ConfigError (an entry that repa.toml changes),
+    MissingError (weights), MismatchError (not the published weights, unless `any_weights`).
     """
     path, widths = _settle(config, network, weights, resolution)
+    if not any_weights:
+        check_published(network, path)
     manifest = {
         "kind": "judge",
         "network": network,
@@ -77,6 +89,11 @@ def judge_spec(
     }
     layout = RecordLayout((sum(widths),), "float32", shard_rows)
     return ArraySpec(judge_name(network), num_rows, layout, manifest)
+
+
+def of_samples(images: ArraySpec) -> dict[str, Any]:
+    """What identifies the images of a sample folder, whether they are kept or not."""
+    return {"samples": images.fingerprint}
 
 
 class Judge:
@@ -161,6 +178,30 @@ class Judged:
             left -= len(rows)
             parts = np.split(rows.astype(np.float32, copy=True), [pool, pool + spatial], axis=1)
             yield Features(parts[0], *(part if part.shape[1] else None for part in parts[1:]))
+
+    def parts(self, name: str, size: int) -> Iterator[Rows]:
+        """One part of the features ("pool", "spatial", "logits") in index order, in blocks of
+        exactly `size` rows, the last one shorter."""
+        waiting: list[Rows] = []
+        count = 0
+        for block in self.blocks():
+            waiting.append(getattr(block, name))
+            count += len(waiting[-1])
+            while count >= size:
+                joined = np.concatenate(waiting)
+                yield joined[:size]
+                waiting, count = [joined[size:]], count - size
+        if count:
+            yield np.concatenate(waiting)
+
+    def first_pool(self, num_rows: int) -> Rows:
+        """Pool features float32 [n, D] of the first `num_rows` images."""
+        rows = np.empty((min(num_rows, self.num_rows), self.widths.pool), np.float32)
+        start = 0
+        for block in self.blocks(len(rows)):
+            rows[start : start + len(block.pool)] = block.pool
+            start += len(block.pool)
+        return rows
 
 
 def open_judged(store: ObjectStore, network: str) -> Judged:

@@ -110,7 +110,9 @@ def _scores(run_folder: Path, digest: str) -> list[str]:
         settings = result.get("sample_settings")
         if not isinstance(settings, dict) or settings.get("checkpoint_sha256") != digest:
             continue
-        values = [(n, v) for n, v in result["metrics"].items() if isinstance(v, int | float)]
+        names = result.get("names", {})
+        found = result["metrics"].items()
+        values = [(names.get(n, n), v) for n, v in found if isinstance(v, int | float)]
         low, high = settings["interval"]
         lines.append(
             f"- {', '.join(f'{n} {number(v)}' for n, v in values)}: {result['num_samples']:,} "

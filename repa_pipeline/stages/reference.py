@@ -1,249 +1,341 @@
-"""Features of image sets, and the reference that samples are compared with.
+"""`repa reference`, and the reference that samples are compared with.
 
-The reference is an ADM-style npz, or the training source, whose statistics are made once and kept
-in WORKSPACE/references.
+It is ADM's npz (the features of its images are made once and kept in the workspace), one of ours
+(reference_file.py), or without one the statistics of the training source.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from repa_pipeline.config import EncodeConfig, IndexConfig
-from repa_pipeline.config_evaluate import EvaluateConfig
-from repa_pipeline.data.index import Index, read_index
-from repa_pipeline.data.objects import open_store
+from repa_pipeline.config_evaluate import AUTO, EvaluateConfig, ReferenceConfig, ScoreConfig
+from repa_pipeline.data.index import Index, read_index, read_manifest
+from repa_pipeline.data.objects import LocalStore, ObjectStore, open_store
+from repa_pipeline.engine.contracts import Executor, split_rows
 from repa_pipeline.engine.run import Progress
-from repa_pipeline.errors import MismatchError
+from repa_pipeline.errors import MismatchError, MissingError
+from repa_pipeline.metrics.adm_file import adm_shape, read_reference_statistics
+from repa_pipeline.metrics.adm_reference import write_adm_reference
+from repa_pipeline.metrics.networks import is_published
+from repa_pipeline.metrics.statistics import RunningStatistics
+from repa_pipeline.stages.index import cache_store, ensure_index
+from repa_pipeline.stages.judge import FORWARD_IMAGES, Judged, judge_spec
+from repa_pipeline.stages.judge_images import Images, ImageSet, adm_images, indexed_images
+from repa_pipeline.stages.judge_stage import JudgeStage, run_judge
+from repa_pipeline.stages.reference_file import (
+    Reference,
+    about_of,
+    is_own,
+    pack_reference,
+    read_reference,
+    unpack_reference,
+)
 from repa_pipeline.weights import file_sha256
 
-if TYPE_CHECKING:
-    import torch
-
-    from repa_pipeline.metrics.networks import FeatureNetwork
-    from repa_pipeline.metrics.statistics import RunningStatistics
-
-Images = npt.NDArray[np.uint8]
-_BLOCK_ROWS = 512
-
-
-@dataclasses.dataclass
-class FeatureSet:
-    """Features of a set of images.
-
-    pool, spatial: running statistics; rows: pool features float32 [n, D] kept for precision and
-    recall; logits: float32 [N, K] in file order, or None.
-    """
-
-    pool: RunningStatistics
-    spatial: RunningStatistics | None
-    rows: npt.NDArray[np.float32]
-    logits: npt.NDArray[np.float32] | None
-
-
-def extract_features(
-    network: FeatureNetwork,
-    blocks: Iterator[Images],
-    config: EvaluateConfig,
-    progress: Progress,
-    title: str,
-    total: int,
-    keep: int,
-) -> FeatureSet:
-    """Runs the network over all images, keeping pool features of the first `keep`."""
-    import torch
-
-    from repa_pipeline.metrics.statistics import RunningStatistics
-
-    pool, spatial = RunningStatistics(), RunningStatistics()
-    rows: list[npt.NDArray[np.float32]] = []
-    logits: list[npt.NDArray[np.float32]] = []
-    kept = 0
-    progress.start(title, total, 0, "images")
-    try:
-        for block in _rebatch(blocks, max(_BLOCK_ROWS, config.batch_size)):
-            pixels = torch.from_numpy(block).permute(0, 3, 1, 2)
-            found = [network.features(part) for part in torch.split(pixels, config.batch_size)]
-            pools = _joined([features.pool for features in found])
-            pool.update(pools)
-            rows.append(pools[: max(0, keep - kept)])
-            kept += len(rows[-1])
-            spatials = [f.spatial for f in found if f.spatial is not None]
-            if spatials:
-                spatial.update(_joined(spatials))
-            logits += [_joined([f.logits]) for f in found if f.logits is not None]
-            progress.advance(len(block))
-    finally:
-        progress.finish()
-    return FeatureSet(
-        pool,
-        spatial if spatial.n else None,
-        np.concatenate(rows),
-        np.concatenate(logits) if logits else None,
-    )
-
-
-def _joined(parts: list[torch.Tensor]) -> npt.NDArray[np.float32]:
-    return np.concatenate([part.float().cpu().numpy() for part in parts])
-
-
-def _rebatch(blocks: Iterator[Images], rows: int) -> Iterator[Images]:
-    """Blocks of exactly `rows` images, the last one shorter; statistics want many rows a call."""
-    waiting: list[Images] = []
-    for block in blocks:
-        waiting.append(block)
-        while sum(map(len, waiting)) >= rows:
-            joined = np.concatenate(waiting)
-            yield joined[:rows]
-            waiting = [joined[rows:]]
-    if sum(map(len, waiting)):
-        yield np.concatenate(waiting)
+FOLDER = "references"
+DEFAULT_NETWORK = "encoder:dinov2-b"
+ADM_NETWORK = "inception-v3"
+# Rows of one update of the statistics: fewer cost more, and the number decides the last bits.
+STATISTICS_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
-    """mu, sigma of pool and (where known) spatial features; rows float32 [n, D] for P/R."""
+class MadeReference:
+    """A finished reference, the images it is of, and whether it was made now."""
 
-    mu: npt.NDArray[np.float64]
-    sigma: npt.NDArray[np.float64]
-    mu_s: npt.NDArray[np.float64] | None
-    sigma_s: npt.NDArray[np.float64] | None
-    rows: npt.NDArray[np.float32]
+    path: Path
+    reference: Reference
+    images: ImageSet
+    new: bool
+
+
+def settle_network(config: ScoreConfig, reference: str | None) -> str:
+    """The network of a score: the one asked for, else the reference's."""
+    if config.network != AUTO:
+        return config.network
+    if reference is None:
+        return DEFAULT_NETWORK
+    about = about_of(Path(reference))
+    return str(about["network"]["name"]) if about else ADM_NETWORK
+
+
+def reference_identity(config: EvaluateConfig) -> Any:
+    """What decides the reference, without making it; raises MissingError."""
+    if config.reference:
+        is_own(Path(config.reference))
+        return file_sha256(config.reference)
+    manifest = read_manifest(open_store(config.workspace).child("cache"))
+    return [manifest["rows_digest"], manifest["decode"]]
 
 
 def find_reference(
-    config: EvaluateConfig, network: FeatureNetwork, resolution: int, progress: Progress
-) -> tuple[Reference, dict[str, Any]]:
-    """The reference of `config` and what a result says of it.
-
-    Raises MissingError without the file or the index, MismatchError for another resolution.
-    """
-    if config.reference:
-        return _reference_file(config, network, resolution, progress)
-    store = open_store(config.workspace).child("cache")
-    index = read_index(store)
-    about = {
-        "name": "the training source",
-        "kind": "training source",
-        "source": index.manifest["source"],
-        "rows_digest": index.manifest["rows_digest"],
-        "num_images": index.num_rows,
-    }
-    key = _reference_key(config, network, index.manifest, resolution)
-    where = open_store(config.workspace).child("references")
-    if where.size(key) is None:
-        made = _from_source(config, network, index, resolution, progress)
-        where.put(key, _pack(made))
-    data = where.get(key)
-    return _unpack(data), {**about, "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _reference_key(
-    config: EvaluateConfig, network: FeatureNetwork, manifest: Mapping[str, Any], resolution: int
-) -> str:
-    recipe = [network.name, network.weights_sha256, manifest["rows_digest"], manifest["decode"]]
-    recipe += [resolution, config.reference_images]
-    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
-    return f"source.{network.name.replace(':', '-')}.{resolution}.{digest}.npz"
-
-
-def _from_source(
     config: EvaluateConfig,
-    network: FeatureNetwork,
-    index: Index,
+    network: str,
+    weights_sha256: str,
     resolution: int,
+    executor: Executor,
     progress: Progress,
 ) -> Reference:
-    from repa_pipeline.stages.images import load_images
-    from repa_pipeline.stages.index import open_config_source
+    """The reference of `config` for images of `resolution` pixels.
 
-    shared = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(IndexConfig)
-        if hasattr(config, f.name)
-    }
-    images = EncodeConfig(**shared, **index.manifest["decode"], resolution=resolution)
-    source = open_config_source(images)
-    starts = range(0, index.num_rows, _BLOCK_ROWS)
-    stops = (min(start + _BLOCK_ROWS, index.num_rows) for start in starts)
-    blocks = (
-        load_images(source, index.rows(start, stop), images)[0]
-        for start, stop in zip(starts, stops, strict=True)
-    )
-    found = extract_features(
-        network,
-        blocks,
-        config,
-        progress,
-        "reference features",
-        index.num_rows,
-        config.reference_images,
-    )
-    return _as_reference(found)
+    Raises MissingError without the file or the index, MismatchError for one of another resolution,
+    network or weights, DamagedError.
+    """
+    if not config.reference:
+        return _of_training_source(config, network, resolution, executor, progress)
+    path = Path(config.reference)
+    if not is_own(path):
+        return _of_adm(config, path, network, resolution, executor, progress)
+    reference = read_reference(path)
+    _check_fits(path, reference.about, network, weights_sha256, resolution)
+    return reference
 
 
-def _as_reference(found: FeatureSet) -> Reference:
-    mu_s, sigma_s = found.spatial.finalize() if found.spatial else (None, None)
-    return Reference(*found.pool.finalize(), mu_s, sigma_s, found.rows)
+def make_reference(
+    config: ReferenceConfig, executor: Executor, progress: Progress
+) -> MadeReference:
+    """Makes the reference of `config` where it does not stand yet.
+
+    Raises as the index stage and the judge stage do, MismatchError when another one stands there.
+    """
+    network = settle_network(config, config.adm)
+    if config.adm:
+        given = Path(config.adm)
+        images: ImageSet = adm_images(given, config.reference_images)
+        name = config.name or given.stem
+    else:
+        settled, index = _index_for(config, executor, progress)
+        images = indexed_images(settled, index)
+        name = config.name or config.source.rstrip("/").rpartition("/")[2]
+    stage = _stage(config, network, images, name)
+    path = _output(config, name, network, images.resolution)
+    new = not path.exists()
+    if new:
+        if config.adm:
+            made = _of_adm(config, given, network, images.resolution, executor, progress)
+            made = dataclasses.replace(made, about={**made.about, "name": name})
+        else:
+            about = {"name": name, "kind": "own", **_source_of(index)}
+            made = _reduced(config, stage, about, executor, progress)
+        LocalStore(str(path.parent)).put_new(path.name, pack_reference(made))
+    found = read_reference(path)
+    if found.about["features"] != stage.spec.fingerprint:
+        raise MismatchError(
+            f"{path} is a reference of other images or settings ({found.about['name']}, "
+            f"{found.about['num_images']:,} images): give another --name or --output"
+        )
+    if not config.adm:
+        _remove(open_store(stage.url))
+    return MadeReference(path, found, images, new)
 
 
-def _reference_file(
-    config: EvaluateConfig, network: FeatureNetwork, resolution: int, progress: Progress
-) -> tuple[Reference, dict[str, Any]]:
-    from repa_pipeline.metrics.adm_file import adm_shape, read_adm, read_reference_statistics
+def write_adm_layout(config: ReferenceConfig, made: MadeReference) -> Path:
+    """Writes statistics and the first images in ADM's layout, for the tools of others."""
+    target, images = Path(str(config.adm_npz)), made.images
+    count = min(config.reference_images, images.num_rows)
+    shape = (count, images.resolution, images.resolution, 3)
+    statistics = {key: value for key, value in made.reference.arrays.items() if key != "rows"}
+    write_adm_reference(target, _blocks(images, count), shape, statistics)
+    return target
 
-    path = Path(str(config.reference))
+
+def statistics_of(judged: Judged, part: str) -> RunningStatistics:
+    """Statistics of one part of the features, in index order."""
+    found = RunningStatistics()
+    for rows in judged.parts(part, STATISTICS_ROWS):
+        found.update(rows)
+    return found
+
+
+def _blocks(images: ImageSet, count: int) -> Iterator[Images]:
+    read = images.open()
+    for shard in split_rows(images.num_rows, images.shard_rows):
+        if shard.start >= count:
+            return
+        yield read(shard)[: count - shard.start]
+
+
+def _of_training_source(
+    config: EvaluateConfig,
+    network: str,
+    resolution: int,
+    executor: Executor,
+    progress: Progress,
+) -> Reference:
+    index = read_index(cache_store(_index_config(config)))
+    settled = _encode_config(config, resolution)
+    stage = _stage(config, network, indexed_images(settled, index), "source")
+    recipe = [stage.spec.fingerprint, config.reference_images]
+    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+    key = f"source.{network.replace(':', '-')}.{resolution}.{digest}.npz"
+    where = open_store(config.workspace).child(FOLDER)
+    if where.size(key) is None:
+        about = {"name": "the training source", "kind": "training source", **_source_of(index)}
+        where.put(key, pack_reference(_reduced(config, stage, about, executor, progress)))
+        _remove(open_store(stage.url))
+    return unpack_reference(where.get(key), f"{where.url}/{key}")
+
+
+def _of_adm(
+    config: ScoreConfig,
+    path: Path,
+    network: str,
+    resolution: int,
+    executor: Executor,
+    progress: Progress,
+) -> Reference:
+    """ADM's own statistics with the features of its images, which are kept in the workspace."""
     statistics = read_reference_statistics(path)
-    num_images, height, _, _ = adm_shape(path)
-    if height != resolution:
+    images = adm_images(path, config.reference_images)
+    if images.resolution != resolution:
         raise MismatchError(
-            f"{path} holds images of {height} pixels, the samples have {resolution}: use the "
-            "reference of the samples' resolution"
+            f"{path} holds images of {images.resolution} pixels, the samples have {resolution}: "
+            "use the reference of the samples' resolution"
         )
-    count = min(num_images, config.reference_images)
-    blocks = _first(read_adm(path), count)
-    found = extract_features(
-        network, blocks, config, progress, "reference features", count, keep=count
-    )
-    if found.rows.shape[1] != len(statistics.mu):
-        raise MismatchError(
-            f"{path} has statistics of width {len(statistics.mu)}, network {network.name} gives "
-            f"{found.rows.shape[1]}: use the network that the reference was made with"
-        )
+    stage = _stage(config, network, images, "adm")
+    widths = stage.spec.manifest["widths"]
+    for mean, part in ((statistics.mu, "pool"), (statistics.mu_s, "spatial")):
+        if mean is not None and widths[part] not in (0, len(mean)):
+            raise MismatchError(
+                f"{path} has {part} statistics of width {len(mean)}, network {network} gives "
+                f"{widths[part]}: use the network that the reference was made with"
+            )
+    judged = run_judge(stage, executor, progress)
     about = {
         "name": path.name,
-        "kind": "file",
-        "sha256": file_sha256(path),
-        "num_images": num_images,
+        "kind": "adm",
+        "file": path.name,
+        "sha256": images.sha256,
+        "adm_file": path.name,
+        "adm_sha256": images.sha256,
+        "num_images": adm_shape(path)[0],
+        **_made_with(stage),
     }
-    reference = Reference(
-        statistics.mu, statistics.sigma, statistics.mu_s, statistics.sigma_s, found.rows
+    return Reference(
+        statistics.mu,
+        statistics.sigma,
+        statistics.mu_s,
+        statistics.sigma_s,
+        judged.first_pool(config.reference_images),
+        about,
     )
-    return reference, about
 
 
-def _first(blocks: Iterator[Images], count: int) -> Iterator[Images]:
-    for block in blocks:
-        if count <= 0:
-            return
-        yield block[:count]
-        count -= len(block)
+def _reduced(
+    config: ScoreConfig,
+    stage: JudgeStage,
+    about: Mapping[str, Any],
+    executor: Executor,
+    progress: Progress,
+) -> Reference:
+    """Features of all images, brought down to statistics and the first rows."""
+    judged = run_judge(stage, executor, progress)
+    mu, sigma = statistics_of(judged, "pool").finalize()
+    mu_s, sigma_s = None, None
+    if judged.widths.spatial:
+        mu_s, sigma_s = statistics_of(judged, "spatial").finalize()
+    rows = judged.first_pool(config.reference_images)
+    told = {**about, "num_images": judged.num_rows, **_made_with(stage)}
+    return Reference(mu, sigma, mu_s, sigma_s, rows, told)
 
 
-def _pack(reference: Reference) -> bytes:
-    arrays = {f.name: getattr(reference, f.name) for f in dataclasses.fields(reference)}
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: value for name, value in arrays.items() if value is not None})
-    return buffer.getvalue()
+def _stage(config: ScoreConfig, network: str, images: ImageSet, name: str) -> JudgeStage:
+    """The pass over reference images, in a folder of the workspace that its recipe names."""
+    spec = judge_spec(
+        config,
+        network,
+        config.network_weights,
+        resolution=images.resolution,
+        num_rows=images.num_rows,
+        shard_rows=images.shard_rows,
+        of=images.of,
+        forward_images=config.batch_size or FORWARD_IMAGES,
+        any_weights=config.any_weights,
+    )
+    folder = f"{name}.{spec.fingerprint[:12]}.features"
+    url = open_store(config.workspace).child(FOLDER).child(folder).url
+    return JudgeStage(config, config.network_weights, images, url, spec, "reference features")
 
 
-def _unpack(data: bytes) -> Reference:
-    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-        return Reference(**{f.name: stored.get(f.name) for f in dataclasses.fields(Reference)})
+def _made_with(stage: JudgeStage) -> dict[str, Any]:
+    manifest = stage.spec.manifest
+    name, digest = manifest["network"], manifest["weights_sha256"]
+    published = is_published(name, digest)
+    return {
+        "resolution": manifest["resolution"],
+        "network": {"name": name, "weights_sha256": digest, "published": published},
+        "features": stage.spec.fingerprint,
+    }
+
+
+def _source_of(index: Index) -> dict[str, Any]:
+    manifest = index.manifest
+    return {key: manifest[key] for key in ("source", "rows_digest", "decode")}
+
+
+def _check_fits(
+    path: Path, about: Mapping[str, Any], network: str, weights_sha256: str, resolution: int
+) -> None:
+    made = about["network"]
+    if (made["name"], made["weights_sha256"]) != (network, weights_sha256):
+        raise MismatchError(
+            f"{path} was made with network {made['name']} (weights {made['weights_sha256'][:12]}), "
+            f"this is {network} ({weights_sha256[:12]}): use the network and the weights that the "
+            "reference was made with"
+        )
+    if about["resolution"] != resolution:
+        raise MismatchError(
+            f"{path} is of images of {about['resolution']} pixels, the samples have {resolution}: "
+            "use the reference of the samples' resolution"
+        )
+
+
+def _index_for(
+    config: ReferenceConfig, executor: Executor, progress: Progress
+) -> tuple[EncodeConfig, Index]:
+    """The rows of the source: those of the workspace's cache where it is of this source, else an
+    index of the reference's own."""
+    settled = _encode_config(config, config.resolution)
+    store = cache_store(settled)
+    cached = store.size("manifest.json") is not None
+    if cached and read_manifest(store)["source"] == config.source:
+        return settled, read_index(store)
+    digest = hashlib.sha256(config.source.encode()).hexdigest()[:12]
+    own = open_store(config.workspace).child(FOLDER).child(f"index.{digest}").url
+    settled = dataclasses.replace(settled, workspace=own)
+    return settled, ensure_index(settled, executor, progress)
+
+
+def _encode_config(config: ScoreConfig, resolution: int) -> EncodeConfig:
+    index = _index_config(config)
+    shared = {f.name: getattr(index, f.name) for f in dataclasses.fields(IndexConfig)}
+    return EncodeConfig(**shared, resolution=resolution)
+
+
+def _index_config(config: ScoreConfig) -> IndexConfig:
+    names = {f.name for f in dataclasses.fields(IndexConfig)}
+    known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return IndexConfig(**{name: value for name, value in known.items() if name in names})
+
+
+def _output(config: ReferenceConfig, name: str, network: str, resolution: int) -> Path:
+    if config.output:
+        return Path(config.output)
+    store = open_store(config.workspace).child(FOLDER)
+    if not isinstance(store, LocalStore):
+        raise MissingError(f"{config.workspace} is no folder: give the file with --output")
+    return store.root / f"{name}.{network.replace(':', '-')}.{resolution}.npz"
+
+
+def _remove(store: ObjectStore) -> None:
+    """Deletes features that a reference was reduced from."""
+    for key in list(store.keys()):
+        store.delete(key)
+    if isinstance(store, LocalStore):
+        shutil.rmtree(store.root, ignore_errors=True)

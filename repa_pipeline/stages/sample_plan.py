@@ -22,7 +22,7 @@ from repa_pipeline.diffusion.sampling import choose_sampler
 from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.methods.base import Method, answers_of
 from repa_pipeline.registry import autoencoder_spec, load_plugins
-from repa_pipeline.stages.judge import judge_spec
+from repa_pipeline.stages.judge import judge_spec, of_samples
 from repa_pipeline.stages.sample import SampleStage, image_spec, open_latents
 from repa_pipeline.stages.sample_checkpoint import (
     Checkpoint,
@@ -204,7 +204,8 @@ def _with_outputs(stage: SampleStage) -> SampleStage:
             resolution=stage.recipe["resolution"],
             num_rows=spec.num_rows,
             shard_rows=spec.layout.shard_rows,
-            of={"samples": spec.fingerprint},
+            of=of_samples(spec),
+            any_weights=config.any_weights,
         )
         for network in dict.fromkeys(config.score)
     )

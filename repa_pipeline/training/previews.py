@@ -162,7 +162,8 @@ class Previews:
         how: dict[str, Any] = {}
         if job.kind == EVALUATION:
             numbers, how = read_scores(job.output / "result.json")
-            for part in ("images", "ledger"):  # scored, and large
+            large = ("images", "ledger", *(p.name for p in job.output.glob("judge.*")))
+            for part in large:  # scored, and large
                 shutil.rmtree(job.output / part, ignore_errors=True)
         self._log.image(job.step, job.kind, picture)
         self._log.event(job.step, job.kind, numbers, path=str(picture), **how)
@@ -184,9 +185,12 @@ class Previews:
         return self._command(command)
 
     def _evaluate_command(self, job: _Job) -> list[str]:
-        """Scores by the network and reference that the workspace's settings name."""
+        """Scores by the network and reference that the workspace's settings name.
+
+        A curve is drawn of few samples, which a score for its own sake would refuse.
+        """
         command = ["evaluate", "--samples", str(job.output), "--source", self._config.source]
-        command += ["--preset", self._config.preset]
+        command += ["--preset", self._config.preset, "--allow-few", "--blocks", "0"]
         for plugin in self._config.plugins:
             command += ["--plugins", plugin]
         return self._command(command)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from repa_pipeline.metrics.frechet import FrechetReference, frechet_distance
 from repa_pipeline.metrics.inception_score import inception_score
@@ -59,3 +61,14 @@ def test_tensorflow_resize(shared: Path, size: int) -> None:
     resized = tf1_bilinear_resize(images, 299)
     assert resized.shape == (1, 299, 299, 3) and resized.dtype == np.float32
     np.testing.assert_allclose(resized[:, ::9, ::9], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [32, 64, 256, 512])
+def test_the_resize_inside_the_fid_network(shared: Path, size: int) -> None:
+    """torch-fidelity's, which images pass through when `inception-v3` scores them."""
+    with np.load(shared / "golden" / "tf_resize.npz", allow_pickle=False) as stored:
+        images, want = stored[f"im{size}"], stored[f"resized{size}"]
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    made = interpolate_bilinear_2d_like_tensorflow1x(pixels, (299, 299), align_corners=False)
+    resized = made.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(resized[:, ::9, ::9], want, rtol=1e-6, atol=1e-5)

@@ -51,6 +51,8 @@ log_every = 2
 num_images = 8
 num_steps = 4
 batch_size = 8
+[evaluate]
+allow_few = true
 """
 
 COMMANDS = (

@@ -66,6 +66,7 @@ def environment(shared: Path, tmp_path: Path) -> dict[str, str]:
         "REPA_NUM_IMAGES": "8",
         "REPA_NUM_STEPS": "3",
         "REPA_SAMPLE_BATCH_SIZE": "8",
+        "REPA_ALLOW_FEW": "true",
     }
 
 

@@ -18,6 +18,7 @@ from repa_pipeline.cli import main
 from repa_pipeline.config import IndexConfig
 from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
+from repa_pipeline.data.index import read_index
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.engine.local import LocalExecutor
@@ -30,8 +31,9 @@ from repa_pipeline.errors import (
 )
 from repa_pipeline.metrics.networks import Features
 from repa_pipeline.observe import Silent
-from repa_pipeline.stages.evaluate import evaluate, find_samples, summary
+from repa_pipeline.stages.evaluate import evaluate, summary
 from repa_pipeline.stages.index import ensure_index
+from repa_pipeline.stages.scored_samples import find_samples
 from repa_pipeline.testing.caches import isolated_tables
 
 Images = npt.NDArray[np.uint8]
@@ -140,6 +142,9 @@ def config_of(base: Path, tmp_path: Path, **changes: Any) -> EvaluateConfig:
         "threads": 1,
         "is_split": 12,
         "batch_size": 7,
+        "kid_subsets": 3,
+        "kid_size": 20,
+        "blocks": 5,
     }
     return EvaluateConfig(**{**settings, **changes})
 
@@ -171,6 +176,28 @@ def manifold_share(reference: npt.NDArray[Any], samples: npt.NDArray[Any]) -> fl
     return inside / len(samples)
 
 
+def rows_order(base: Path) -> list[int]:
+    """Numbers of the source's images in the order of the index, in which its features are."""
+    entries = read_index(open_store(str(base / "ws")).child("cache")).entries
+    return [int(Path(entry.key).stem) for entry in entries]
+
+
+def kernel_distance(reference: npt.NDArray[Any], samples: npt.NDArray[Any]) -> float:
+    """Mean of 3 subsets of 20, drawn as torch-fidelity draws them, pair by pair."""
+    random = np.random.RandomState(2020)
+    found = []
+    for _ in range(3):
+        x = samples[random.choice(len(samples), 20, replace=False)]
+        y = reference[random.choice(len(reference), 20, replace=False)]
+        total = 0.0
+        for a, b, sign in ((x, x, 1), (y, y, 1), (x, y, -2)):
+            kernel = (a @ b.T / a.shape[1] + 1) ** 3
+            pairs = 20 * 20 if sign < 0 else 20 * 19
+            total += sign * (kernel.sum() - (0 if sign < 0 else np.trace(kernel))) / pairs
+        found.append(total)
+    return float(np.mean(found))
+
+
 def block_score(logits: npt.NDArray[np.float64], size: int) -> float:
     scores = []
     for start in range(0, len(logits), size):
@@ -192,7 +219,13 @@ def test_the_numbers_against_the_source(base: Path, tmp_path: Path) -> None:
         "inception_score": block_score(ours.logits.double().numpy(), 12),
         "precision": manifold_share(reference, pool),
         "recall": manifold_share(pool, reference),
+        "kid": kernel_distance(reference[rows_order(base)], pool),
     }
+    assert result["kid"] == {
+        **{"mean": result["metrics"]["kid"], "std": result["kid"]["std"], "subsets": 3},
+        **{"size": 20, "seed": 2020, "kernel": "(x.y / D + 1)^3, unbiased"},
+    }
+    assert result["kid"]["std"] > 0
     assert result["metrics"] == pytest.approx(expected, rel=1e-4)
     assert expected["frechet_distance"] > 0.01
     assert 0 < expected["precision"] < 1 and 0 < expected["recall"] < 1
@@ -208,6 +241,15 @@ def test_what_the_result_says(base: Path, tmp_path: Path) -> None:
     assert stored["reference"]["num_images"] == stored["precision_recall"]["reference"] == 40
     assert stored["precision_recall"]["mode"] == "float32" and stored["precision_recall"]["k"] == 3
     assert {"python", "torch", "numpy", "repa-pipeline"} == set(stored["versions"])
+    assert stored["kind"] == "Fréchet distance to the training source" and stored["names"] == {}
+    assert stored["network"]["published"] and stored["clipped_eigenvalues"]["frechet_distance"] <= 0
+    assert stored["protocol"]["cfg"] == 1.5 and stored["protocol"]["checkpoint_sha256"] is None
+    errors = stored["standard_errors"]
+    assert errors["precision"]["value"] == pytest.approx(
+        (stored["metrics"]["precision"] * (1 - stored["metrics"]["precision"]) / 30) ** 0.5
+    )
+    assert 0 < errors["frechet_distance"]["value"] < stored["metrics"]["frechet_distance"]
+    assert "jackknife over consecutive blocks" in errors["frechet_distance"]["method"]
     line = summary(result)
     assert line.startswith("frechet_distance ") and "against the training source" in line
     assert "fid" not in (line + json.dumps(stored)).lower()  # not the Inception network
@@ -230,11 +272,20 @@ def test_an_npz_scores_as_the_folder_does(base: Path, tmp_path: Path) -> None:
     result = evaluate(config, Silent())
     assert result["metrics"] == folder["metrics"] and result["sample_settings"] is None
     assert result["path"] == str(tmp_path / "samples.result.json")
+    assert summary(result).endswith("; how the samples were made is not known)")
+    assert set(result["protocol"].values()) == {None}
+    np.savez_compressed(tmp_path / "small.npz", arr_0=sample_images())
+    config = config_of(base, tmp_path, samples=str(tmp_path / "small.npz"), output=None)
+    assert evaluate(config, Silent())["metrics"] == folder["metrics"]
 
 
 def test_batch_sizes_change_nothing(base: Path, tmp_path: Path) -> None:
-    one = evaluate(config_of(base, tmp_path, batch_size=1), Silent())["metrics"]
-    many = evaluate(config_of(base, tmp_path, batch_size=64), Silent())["metrics"]
+    def score(batch_size: int) -> Any:
+        features = str(tmp_path / f"features{batch_size}")
+        config = config_of(base, tmp_path, batch_size=batch_size, features=features)
+        return evaluate(config, Silent())["metrics"]
+
+    one, many = score(1), score(64)
     assert one == pytest.approx(many, rel=1e-4)
 
 
@@ -263,7 +314,7 @@ def test_a_reference_file(base: Path, tmp_path: Path) -> None:
     assert result["metrics"]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     reference = features_of(base, images[:20]).pool.double().numpy()
     assert result["metrics"]["precision"] == manifold_share(reference, pool)
-    assert result["reference"]["name"] == "reference.npz" and result["reference"]["kind"] == "file"
+    assert result["reference"]["name"] == "reference.npz" and result["reference"]["kind"] == "adm"
     assert (result["reference"]["num_images"], result["precision_recall"]["reference"]) == (25, 20)
 
     without = {name: statistics[name] for name in ("mu", "sigma")}
@@ -334,7 +385,9 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="holds images of 32 pixels, the samples have 16"):
         score(reference=str(tmp_path / "larger.npz"))
     np.savez(tmp_path / "other.npz", arr_0=random_images(9, 0), mu=np.zeros(7), sigma=np.eye(7))
-    with pytest.raises(MismatchError, match="has statistics of width 7, network toy-net gives 6"):
+    with pytest.raises(
+        MismatchError, match="has pool statistics of width 7, network toy-net gives 6"
+    ):
         score(reference=str(tmp_path / "other.npz"))
     np.savez(tmp_path / "bare.npz", arr_0=random_images(9, 0))
     with pytest.raises(DataError, match="has no mu and no sigma"):
@@ -357,17 +410,17 @@ def test_finding_samples(base: Path, tmp_path: Path) -> None:
         (tmp_path / "runs" / name / "run.json").write_text("{}")
     only = write_samples(tmp_path / "runs" / "one" / "samples" / "a", random_images(4, 0))
     (tmp_path / "runs" / "one" / "samples" / "unfinished" / "images").mkdir(parents=True)
-    assert find_samples(config) == only
+    assert find_samples(config) == str(only)
     second = write_samples(tmp_path / "runs" / "two" / "samples" / "b", random_images(4, 0))
     with pytest.raises(ConfigError, match=r"2 sets of samples \(.*\): choose with --samples"):
         find_samples(config)
-    assert find_samples(EvaluateConfig(workspace=str(tmp_path), run="two")) == second
+    assert find_samples(EvaluateConfig(workspace=str(tmp_path), run="two")) == str(second)
 
 
 def test_the_command(base: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(base)
     line = f"evaluate --source source --workspace ws --samples samples --output {tmp_path}/r.json"
-    line += " --plugins toy_network --network toy-net --threads 1"
+    line += " --plugins toy_network --network toy-net --threads 1 --is-split 12 --kid-subsets 3"
 
     def repa(arguments: str) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -376,7 +429,9 @@ def test_the_command(base: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
         said: str = capsys.readouterr().out
         return said
 
-    assert "would score samples with toy-net against statistics" in repa(line + " --dry-run")
+    planned = repa(line + " --dry-run")
+    assert "would score samples with toy-net against statistics" in planned
+    assert "30 images in 4 shards" in planned
     said = repa(line).splitlines()
     assert said[0].startswith("frechet_distance ") and "30 samples" in said[0]
     assert said[1] == f"result: {tmp_path}/r.json; next: repa report"

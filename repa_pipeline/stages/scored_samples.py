@@ -1,0 +1,174 @@
+"""The samples that `repa evaluate` scores: in a folder of ours, an npz, or pictures in a source."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repa_pipeline.config_evaluate import EvaluateConfig
+from repa_pipeline.data.array import ArraySpec
+from repa_pipeline.data.objects import ObjectStore, get_json, open_store
+from repa_pipeline.errors import ConfigError, MissingError
+from repa_pipeline.stages.judge import (
+    Judged,
+    judge_name,
+    judge_spec,
+    open_judged,
+    standing_batch,
+)
+from repa_pipeline.stages.judge_images import (
+    IMAGES,
+    ImageSet,
+    adm_images,
+    sample_images,
+    source_images,
+)
+from repa_pipeline.stages.judge_stage import JudgeStage
+from repa_pipeline.training.runs import find_run, list_runs
+
+# Where features of pictures in a source go, in the workspace.
+JUDGED = "judged"
+# What `repa sample` leaves of the settings, and its tars of pictures.
+SETTINGS, PICTURES = "settings.json", ("png", "jpeg")
+_NPZ_SETTINGS = "settings"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredSamples:
+    """Samples to score.
+
+    where: path or URL. spec: the array of their features, below `features`. stage: the pass that
+    makes it, None where features alone were kept. result: where result.json goes. settings: how
+    they were made, where it is known.
+    """
+
+    where: str
+    features: str
+    spec: ArraySpec
+    stage: JudgeStage | None
+    result: str
+    settings: Mapping[str, Any] | None
+
+    def judged(self) -> Judged:
+        """The features, which must be finished."""
+        return open_judged(open_store(self.features), self.spec.manifest["network"])
+
+
+def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
+    """The samples of `config`, in whichever form they are, to be scored by `network`.
+
+    Reads manifests and headers, no pixels. Raises MissingError, ConfigError, DataError for
+    samples, and as `judge_spec` for the network.
+    """
+    where = find_samples(config)
+    if where.endswith(".npz"):
+        return _of_npz(config, network, Path(where))
+    if not _is_pattern(where):
+        store, result = open_store(where), f"{where.rstrip('/')}/result.json"
+        if _has(store, IMAGES):
+            images = sample_images(_absolute(where))
+            settings = _plain(images.spec.manifest)
+            return _with_images(config, network, where, images, where, result, settings)
+        if _has(store, judge_name(network)):
+            spec = open_judged(store, network).array.spec
+            return ScoredSamples(where, where, spec, None, result, _kept_settings(store))
+        for pictures in PICTURES:
+            if _has(store, pictures):
+                return _of_pictures(config, network, f"{where.rstrip('/')}/{pictures}", result)
+    return _of_pictures(config, network, where, None)
+
+
+def _of_npz(config: EvaluateConfig, network: str, path: Path) -> ScoredSamples:
+    images = adm_images(path)
+    features = path.with_suffix(".features") / images.sha256[:12]
+    result = path.with_suffix(".result.json")
+    with np.load(path, allow_pickle=False) as stored:
+        said = _NPZ_SETTINGS in stored.files
+        settings = json.loads(str(stored[_NPZ_SETTINGS])) if said else None
+    return _with_images(config, network, str(path), images, str(features), str(result), settings)
+
+
+def _of_pictures(
+    config: EvaluateConfig, network: str, where: str, result: str | None
+) -> ScoredSamples:
+    """Pictures in a source; `result`: where result.json goes, else beside their features."""
+    images = source_images(where, config.scratch, config.scratch_gb, config.decode_threads)
+    settings = None if _is_pattern(where) else _kept_settings(open_store(where))
+    features = open_store(config.workspace).child(JUDGED).child(images.listing[:12]).url
+    result = result or f"{features}/result.json"
+    return _with_images(config, network, where, images, features, result, settings)
+
+
+def _with_images(
+    config: EvaluateConfig,
+    network: str,
+    where: str,
+    images: ImageSet,
+    features: str,
+    result: str,
+    settings: Mapping[str, Any] | None,
+) -> ScoredSamples:
+    url = _absolute(config.features or features)
+    spec = judge_spec(
+        config,
+        network,
+        config.network_weights,
+        resolution=images.resolution,
+        num_rows=images.num_rows,
+        shard_rows=images.shard_rows,
+        of=images.of,
+        forward_images=config.batch_size or standing_batch(open_store(url), network),
+        any_weights=config.any_weights,
+    )
+    stage = JudgeStage(config, config.network_weights, images, url, spec, "sample features")
+    return ScoredSamples(where, url, spec, stage, result, settings)
+
+
+def find_samples(config: EvaluateConfig) -> str:
+    """Path or URL of the samples to score; refuses to guess between several."""
+    if config.samples:
+        if not (Path(config.samples).exists() or _is_pattern(config.samples) or _is_url(config)):
+            raise MissingError(f"no samples at {config.samples}: check --samples")
+        return config.samples
+    runs = [find_run(config, config.run)] if config.run else list_runs(config)
+    seals = [seal for run in runs for seal in sorted(run.folder.glob("samples/*/*/seal.json"))]
+    arrays = [seal.parent for seal in seals]
+    known = [a for a in arrays if a.name in (IMAGES, *PICTURES) or a.name.startswith("judge.")]
+    folders = list(dict.fromkeys(array.parent for array in known))
+    if not folders:
+        raise MissingError("no finished samples in the workspace: run `repa sample` first")
+    if len(folders) > 1:
+        listed = ", ".join(str(folder) for folder in folders)
+        raise ConfigError(f"{len(folders)} sets of samples ({listed}): choose with --samples")
+    return str(folders[0])
+
+
+def _is_url(config: EvaluateConfig) -> bool:
+    return "://" in str(config.samples)
+
+
+def _is_pattern(samples: str) -> bool:
+    return any(sign in samples for sign in ("{", "*", "?", "[", "::"))
+
+
+def _absolute(where: str) -> str:
+    """Workers need not run in the driver's folder."""
+    return where if "://" in where else str(Path(where).resolve())
+
+
+def _has(store: ObjectStore, array: str) -> bool:
+    return store.size(f"{array}/seal.json") is not None
+
+
+def _kept_settings(store: ObjectStore) -> dict[str, Any] | None:
+    return None if store.size(SETTINGS) is None else get_json(store, SETTINGS)
+
+
+def _plain(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(dict(manifest)))
+    return values
