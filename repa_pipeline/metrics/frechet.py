@@ -49,6 +49,22 @@ class FrechetReference:
         distance = self._assemble(mu, np.trace(sigma), trace_root)
         return FrechetResult(distance, float(np.minimum(values, 0).sum()))
 
+    def gradient(
+        self, mu: NDArray[np.floating], sigma: NDArray[np.floating]
+    ) -> tuple[Float64Array, Float64Array]:
+        """Derivatives of the distance to (mu [D], sigma [D, D]) by mu [D] and by sigma [D, D].
+
+        With S1 = A A^T they are 2 (mu - mu1) and I - A (A^T S A)^(-1/2) A^T; directions without
+        variance are left out of the root.
+        """
+        mu, sigma = _checked(mu, sigma)
+        self._check_width(len(mu))
+        product = self._factor.T @ sigma @ self._factor
+        values, vectors = np.linalg.eigh((product + product.T) / 2)
+        kept = values > values.max() * len(values) * np.finfo(np.float64).eps
+        scaled = self._factor @ vectors[:, kept] / values[kept] ** 0.25
+        return 2 * (mu - self.mu), np.eye(len(mu)) - scaled @ scaled.T
+
     def distance_from_features(self, features: NDArray[np.floating]) -> FrechetResult:
         """Distance to the Gaussian fitted to features [N, D], covariance over N - 1.
 

@@ -176,7 +176,7 @@ class Judged:
                 return
             rows = as_rows(self.array.read_shard(shard, buffer), self.array.spec.layout)[:left]
             left -= len(rows)
-            parts = np.split(rows.astype(np.float32, copy=True), [pool, pool + spatial], axis=1)
+            parts = np.split(rows.astype(np.float32, copy=False), [pool, pool + spatial], axis=1)
             yield Features(parts[0], *(part if part.shape[1] else None for part in parts[1:]))
 
     def parts(self, name: str, size: int) -> Iterator[Rows]:

@@ -42,7 +42,7 @@ FOLDER = "references"
 DEFAULT_NETWORK = "encoder:dinov2-b"
 ADM_NETWORK = "inception-v3"
 # Rows of one update of the statistics: fewer cost more, and the number decides the last bits.
-STATISTICS_ROWS = 1024
+STATISTICS_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)

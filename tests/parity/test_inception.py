@@ -17,15 +17,19 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from repa_pipeline.config import CommonConfig
+from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.errors import DamagedError, MismatchError, MissingError
 from repa_pipeline.metrics import inception
 from repa_pipeline.metrics.frechet import frechet_distance
 from repa_pipeline.metrics.inception_score import inception_score
 from repa_pipeline.metrics.kid import kid_of_subsets
-from repa_pipeline.metrics.networks import is_published, load_network
+from repa_pipeline.metrics.networks import NETWORKS, NetworkSpec, is_published, load_network
 from repa_pipeline.metrics.precision_recall import precision_recall
 from repa_pipeline.metrics.statistics import RunningStatistics
+from repa_pipeline.observe import Silent
+from repa_pipeline.stages.evaluate import evaluate, summary
 from repa_pipeline.stages.judge import Judge, judge_spec
+from repa_pipeline.weights import file_sha256
 
 State = dict[str, torch.Tensor]
 
@@ -106,6 +110,60 @@ def test_the_spatial_features_are_the_layer_of_sfid(weights: Path, images: torch
     assert found.min() == 0 and found.std() > 0.1
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_a_score_by_it(
+    published: bool,
+    weights: Path,
+    images: torch.Tensor,
+    theirs: tuple[torch.Tensor, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Called FID with the published weights alone; compared with the paper's with 50,000 alone."""
+    pictures = images.permute(0, 2, 3, 1).numpy()
+    mu = np.random.default_rng(0).standard_normal(2048)
+    spatial = {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)} if published else {}
+    reference = tmp_path / "VIRTUAL_imagenet256_labeled.npz"
+    np.savez(reference, arr_0=pictures[:4], mu=mu, sigma=np.eye(2048), **spatial)
+    np.savez(tmp_path / "samples.npz", arr_0=pictures)
+    config = EvaluateConfig(
+        **{"workspace": str(tmp_path / "ws"), "samples": str(tmp_path / "samples.npz")},
+        **{"reference": str(reference), "network_weights": str(weights), "batch_size": 5},
+        **{"device": "cpu", "allow_few": True, "is_split": 5, "compare": "paper"},
+        any_weights=not published,
+    )
+    if published:
+        with pytest.raises(MismatchError, match="is not the published weights"):
+            evaluate(config, Silent())
+        monkeypatch.setitem(NETWORKS._entries, "inception-v3", published_as(weights))
+    result = evaluate(config, Silent())
+    pool, logits = (part.double().numpy() for part in theirs)
+    centred = (pool - pool.mean(0)) / 2  # over the root of N - 1
+    roots = np.linalg.svd(centred, compute_uv=False).sum()
+    distance = ((mu - pool.mean(0)) ** 2).sum() + 2048 + (centred**2).sum() - 2 * roots
+    assert result["metrics"]["frechet_distance"] == pytest.approx(distance, rel=1e-5)
+    assert result["metrics"]["inception_score"] == pytest.approx(
+        isc_features_to_metric(torch.from_numpy(logits), splits=1, shuffle=False)[
+            "inception_score_mean"
+        ],
+        rel=1e-4,
+    )
+    assert (result["metrics"]["spatial_frechet_distance"] is not None) == published
+    assert result["network"]["published"] == published
+    assert result["kind"] == ("FID" if published else "Fréchet distance")
+    assert summary(result).startswith("FID " if published else "frechet_distance ")
+    assert result["versions"]["torch-fidelity"] == "0.4.0"
+    why = ["5 samples, not 50,000"]
+    why += [] if published else ["another network than the published Inception-v3"]
+    why += ["64 pixels, not 256"]
+    assert result["compare"]["because"] == why and not result["compare"]["comparable"]
+
+
+def published_as(weights: Path) -> NetworkSpec:
+    """The table's entry as if this were the published file."""
+    return NetworkSpec(**{**vars(NETWORKS["inception-v3"]), "sha256": file_sha256(weights)[:8]})
+
+
 def features(seed: int, count: int = 60, width: int = 24) -> np.ndarray:
     generator = np.random.default_rng(seed)
     return (generator.standard_normal((count, width)) + seed / 4).astype(np.float32)
@@ -182,13 +240,7 @@ def test_the_librarys_own_download(
     with pytest.raises(MissingError, match="invalid hash value"):
         load_network("inception-v3")
     assert not (tmp_path / "hub" / "checkpoints" / name).exists()
-    monkeypatch.setitem(
-        inception.NETWORKS._entries,
-        "inception-v3",
-        inception.NetworkSpec(
-            **{**vars(inception.NETWORKS["inception-v3"]), "sha256": file_prefix(weights)}
-        ),
-    )
+    monkeypatch.setitem(NETWORKS._entries, "inception-v3", published_as(weights))
     assert load_network("inception-v3").name == "inception-v3"
 
     def unreachable(*_: Any, **__: Any) -> None:
@@ -196,9 +248,3 @@ def test_the_librarys_own_download(
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     assert load_network("inception-v3").name == "inception-v3"  # it is in the hub's folder
-
-
-def file_prefix(path: Path) -> str:
-    from repa_pipeline.weights import file_sha256
-
-    return file_sha256(path)[:8]

@@ -65,6 +65,35 @@ def test_the_error_of_a_distance_is_the_spread_over_sets() -> None:
     assert np.mean(distances) > 1 and spread < 0.2
 
 
+def test_the_gradient_is_that_of_the_distance() -> None:
+    generator = np.random.default_rng(5)
+    factor, other = generator.standard_normal((2, WIDTH, WIDTH))
+    reference = FrechetReference(generator.standard_normal(WIDTH), factor @ factor.T)
+    mu, sigma = generator.standard_normal(WIDTH), other @ other.T
+    by_mu, by_sigma = reference.gradient(mu, sigma)
+    step = 1e-6
+    for k in range(WIDTH):
+        for row in range(WIDTH):
+            change = np.zeros((WIDTH, WIDTH))
+            change[k, row] += step / 2
+            change[row, k] += step / 2
+            up, down = (reference.distance(mu, sigma + s * change).distance for s in (1, -1))
+            assert by_sigma[k, row] == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-5)
+        change = np.eye(WIDTH)[k] * step
+        up, down = (reference.distance(mu + s * change, sigma).distance for s in (1, -1))
+        assert by_mu[k] == pytest.approx((up - down) / (2 * step), rel=1e-5, abs=1e-6)
+
+
+def test_to_first_order_is_as_good_as_all_distances_again() -> None:
+    generator = np.random.default_rng(6)
+    reference = FrechetReference(np.zeros(WIDTH), np.diag(np.arange(1.0, WIDTH + 1)))
+    total, blocks = blocks_of(generator.standard_normal((COUNT, WIDTH)) * 1.3 + 0.2)
+    again = [reference.distance(*total.without(b).finalize()).distance for b in blocks]
+    assert distance_error(reference, total, blocks) == pytest.approx(
+        jackknife_error(again), rel=0.02
+    )
+
+
 def test_the_error_shrinks_with_the_root_of_the_number() -> None:
     generator = np.random.default_rng(2)
     reference = FrechetReference(np.zeros(WIDTH), np.eye(WIDTH))
