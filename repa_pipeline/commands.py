@@ -301,7 +301,8 @@ def report_pass(result: StageResult, unit: str = "") -> None:
         for commit in output.commits:
             counts.update(commit.counts)
         seen = "".join(f", {number:,} {what}" for what, number in counts.items())
-        say(f"{name}: {rows}, {size(plan.num_bytes)}, sealed{seen}")
+        num_bytes = sum(commit.num_bytes for commit in output.commits)
+        say(f"{name}: {rows}, {size(num_bytes)}, sealed{seen}")
         say(f"output: {plan.where}")
 
 

@@ -229,6 +229,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "num_steps": 12,
             "batch_size": 100,
             "shard_rows": 100,
+            "resolution": 0,  # of a file of others, which is not of digits
         },
         "evaluate": {"network": "digits-cnn", "is_split": 1000},
         "reference": {"network": "digits-cnn"},

@@ -85,11 +85,12 @@ def judge_samples(folder: Path) -> str:
     pixels, fitted on the training digits. Returns one line.
     """
     from repa_pipeline.metrics.digits_judge import fit_judge
-    from repa_pipeline.stages.sample import labels_of, open_samples, sample_blocks
+    from repa_pipeline.stages.sample import open_samples, sample_blocks
+    from repa_pipeline.stages.sample_labels import labels_of
 
     array = open_samples(str(folder))
     images = np.concatenate(list(sample_blocks(array)))
-    labels = labels_of(array.spec.manifest, len(images))
+    labels = labels_of(array.spec.manifest, len(images), LocalStore(str(folder)))
     judge = fit_judge()
     agreement = float((judge.predict(images) == labels).mean())
     verdict = {

@@ -61,6 +61,15 @@ def png_bytes(image: Images) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_bytes(image: Images, quality: int) -> bytes:
+    """Encodes uint8 [H, W, 3] with full colour resolution."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
 def save_png(path: Path, image: Images) -> None:
     """Writes uint8 [H, W, 3] in one step; an equal picture that stands there is left alone."""
     data = png_bytes(image)

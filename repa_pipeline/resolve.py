@@ -45,7 +45,8 @@ _PATHS = (
     *("adm", "adm_npz", "adm_reference", "adm_samples", "plain", "guided", "trained", "features"),
     *("source", "workspace", "runs_dir", "scratch", "checkpoint", "samples", "reference"),
     *("weights", "decoder_weights", "network_weights", "output", "rates"),
-    *("origin", "target", "destination", "checkpoints"),
+    *("origin", "target", "destination", "checkpoints", "guide_checkpoint", "from_latents"),
+    "downloads",
 )
 _ENTRY_TABLES = ("encoders", "autoencoders", "models", "methods", "networks")
 
@@ -177,7 +178,8 @@ def _preset_name(values: Mapping[str, Any]) -> str:
     if foreign and name == "auto":
         return "imagenet"  # a reference file says nothing of the embedded digits
     if name == "auto":
-        source = values.get("source", EMBEDDED)
+        # A checkpoint somewhere else says nothing of the embedded digits.
+        source = values.get("source", "" if values.get("checkpoint") else EMBEDDED)
         return "digits" if str(source).startswith("embedded:") else "imagenet"
     if name not in PRESETS:
         raise ConfigError(f"unknown preset '{name}': known are auto, {', '.join(PRESETS)}")

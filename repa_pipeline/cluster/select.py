@@ -14,8 +14,8 @@ from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import ConfigError
 
 
-def choose_executor(config: ClusterConfig) -> Executor:
-    """This process, or Ray.
+def choose_executor(config: ClusterConfig, written: str | None = None) -> Executor:
+    """This process, or Ray; `written` is where shards go, the workspace without it.
 
     `auto` is Ray where an address is configured (--address, RAY_ADDRESS) or the machine has
     several CUDA devices to use, else this process. Raises ConfigError for an address of a kind
@@ -25,7 +25,8 @@ def choose_executor(config: ClusterConfig) -> Executor:
     wants_ray = bool(address) or _num_devices(config.device) > 1
     if config.executor == "local" or (config.executor == "auto" and not wants_ray):
         return LocalExecutor(config.retries)
-    return RayExecutor(_wish(config), _policy(config), address, config.plugins, _shared(config))
+    shared = _shared(written or config.workspace)
+    return RayExecutor(_wish(config), _policy(config), address, config.plugins, shared)
 
 
 def ray_address(config: TrainConfig) -> str | None:
@@ -66,12 +67,12 @@ def _policy(config: ClusterConfig) -> Policy:
     )
 
 
-def _shared(config: ClusterConfig) -> str | None:
-    """The workspace where it is a folder, which workers on other machines must see."""
+def _shared(url: str) -> str | None:
+    """Where shards are written if it is a folder, which workers on other machines must see."""
     for protocol in ("file://", "local://"):
-        if config.workspace.startswith(protocol):
-            return config.workspace.removeprefix(protocol)
-    return None if "://" in config.workspace else config.workspace
+        if url.startswith(protocol):
+            return url.removeprefix(protocol)
+    return None if "://" in url else url
 
 
 def _num_devices(device: str) -> int:

@@ -6,6 +6,7 @@ Equal images give equal bytes: stored uncompressed, fixed timestamps, our own ar
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
 
-MEMBER = "arr_0.npy"
+MEMBER, SETTINGS_MEMBER = "arr_0.npy", "settings.npy"
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError)
 
 
@@ -32,22 +33,23 @@ class AdmWriter:
             writer.write(images)  # uint8 [B, 256, 256, 3], in order
 
     Until then the bytes are in `samples.npz.partial`; an exception, or another number of images
-    than promised (DataError), removes it and leaves no file.
+    than promised (DataError), removes it and leaves no file. `settings`, any text, stands behind
+    the images as an array of its own, which the suite's reader does not look at.
     """
 
-    def __init__(self, path: str | Path, *, num_images: int, resolution: int) -> None:
+    def __init__(
+        self, path: str | Path, *, num_images: int, resolution: int, settings: str | None = None
+    ) -> None:
         self.path = Path(path)
         self.shape = (num_images, resolution, resolution, 3)
         self.num_written = 0
+        self._settings = settings
         self._partial = self.path.with_name(self.path.name + ".partial")
 
     def __enter__(self) -> AdmWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED, allowZip64=True)
-        member = zipfile.ZipInfo(MEMBER, date_time=(1980, 1, 1, 0, 0, 0))
-        member.create_system = 3  # else it names the operating system
-        member.external_attr = 0o600 << 16
-        self._stream = self._zip.open(member, "w", force_zip64=True)
+        self._stream = self._zip.open(_member(MEMBER), "w", force_zip64=True)
         self._stream.write(_array_header(self.shape))
         return self
 
@@ -69,6 +71,10 @@ class AdmWriter:
     ) -> None:
         try:
             self._stream.close()
+            if self._settings is not None and kind is None:
+                text = io.BytesIO()
+                np.save(text, np.array(self._settings), allow_pickle=False)
+                self._zip.writestr(_member(SETTINGS_MEMBER), text.getvalue())
             self._zip.close()
             if kind is None:
                 self._publish()
@@ -84,6 +90,13 @@ class AdmWriter:
         with open(self._partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(self._partial, self.path)
+
+
+def read_adm_settings(path: str | Path) -> str | None:
+    """The settings text in an `.npz` of samples, None without one; errors as read_adm."""
+    with _readable(Path(path)), np.load(path, allow_pickle=False) as stored:
+        name = SETTINGS_MEMBER.removesuffix(".npy")
+        return str(stored[name]) if name in stored.files else None
 
 
 def adm_shape(path: str | Path) -> tuple[int, int, int, int]:
@@ -137,6 +150,14 @@ def read_reference_statistics(path: str | Path) -> ReferenceStatistics:
         keys = ("mu", "sigma", "mu_s", "sigma_s")
         found = {key: stored[key].astype(np.float64) for key in keys if key in stored}
     return ReferenceStatistics(found["mu"], found["sigma"], found.get("mu_s"), found.get("sigma_s"))
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """An entry whose bytes are the same on every machine and day."""
+    member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    member.create_system = 3  # else it names the operating system
+    member.external_attr = 0o600 << 16
+    return member
 
 
 def _array_header(shape: tuple[int, ...]) -> bytes:

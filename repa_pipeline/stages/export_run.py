@@ -98,10 +98,16 @@ def export_run(plan: RunExport) -> list[str] | None:
     Raises ConfigError for a model that the format cannot hold, MismatchError when something else
     is at the destination, StageError when the disk does not take it.
     """
+    if _stands(plan):
+        return None
+    return write_export(plan, load_checkpoint(plan.checkpoint))
+
+
+def write_export(plan: RunExport, content: Mapping[str, Any]) -> list[str] | None:
+    """As `export_run`, of a checkpoint's content that is at hand."""
     write = _write_reference if plan.config.to == "reference" else _write_safetensors
     if _stands(plan):
         return None
-    content = load_checkpoint(plan.checkpoint)
     try:
         return write(plan, content)
     except OSError as error:

@@ -1,60 +1,73 @@
-"""`repa sample`: (checkpoint, settings, seed, k) -> image k.
+"""`repa sample`: (checkpoint, settings, seed, k) -> image k, on any number of workers.
 
-Images are shards of a sealed array like every other output, so a killed run loses at most the
-shard in flight. The npz for the ADM suite and the picture are made from the sealed array.
+Images are shards of sealed outputs like all others, so a killed run loses at most the shards in
+flight. One pass fills all that is asked for; the npz for the ADM suite and the picture are made
+from the sealed images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.config import decisions, from_json
 from repa_pipeline.config_sample import SampleConfig
-from repa_pipeline.config_train import TrainConfig
-from repa_pipeline.data.array import (
-    ArraySpec,
-    SealedArray,
-    fingerprint,
-    open_sealed,
-    write_shard,
-)
-from repa_pipeline.data.objects import ObjectStore, open_store
+from repa_pipeline.data.array import ArraySpec, SealedArray, open_sealed
+from repa_pipeline.data.objects import ObjectStore, get_json, open_store
 from repa_pipeline.data.shards import RecordLayout, as_rows
-from repa_pipeline.device import choose_device, prepare_compute
-from repa_pipeline.engine.contracts import Commit, Commits, Shard, Wanted, Work
-from repa_pipeline.errors import ConfigError, DataError, MismatchError
-from repa_pipeline.registry import autoencoder_spec, load_plugins
-from repa_pipeline.stages.array_stage import ArrayOutput
-from repa_pipeline.training.draws import seed_of
-from repa_pipeline.training.runs import find_run
+from repa_pipeline.device import prepare_compute
+from repa_pipeline.engine.contracts import Commits, Shard, Wanted, Work
+from repa_pipeline.engine.ledger import Ledger
+from repa_pipeline.engine.run import ledger_of
+from repa_pipeline.errors import MissingError
+from repa_pipeline.stages.exporting import ShardRows
+from repa_pipeline.stages.judge import Judge
+from repa_pipeline.stages.sample_labels import Labels
+from repa_pipeline.stages.sample_outputs import (
+    IMAGES,
+    LATENTS,
+    PICTURES,
+    SETTINGS_FILE,
+    Claim,
+    Made,
+    PictureTars,
+    Recipe,
+    Records,
+    SampleArray,
+    SampleOutput,
+)
 
 if TYPE_CHECKING:
-    import torch
+    from repa_pipeline.stages.sampler import Sampler
 
-    from repa_pipeline.diffusion.interpolant import States
-    from repa_pipeline.diffusion.sampling import SamplerSpec
-    from repa_pipeline.methods.base import Method
-
-IMAGES = "images"
 Images = npt.NDArray[np.uint8]
+NPZ_FILE, GRID_FILE = "samples.npz", "grid.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleStage:
-    """Writes images: uint8 [num_images, R, R, 3], image k in row k."""
+    """Writes samples below the URL `output`, sample k in row k of whatever is written.
+
+    writes: names of sealed outputs, of images, latents, png, jpeg. judges: the arrays of judge
+    rows. finishes: what is made of the sealed images, of npz and grid. checkpoint: a path or URL,
+    None where latents of another folder are decoded. Made by stages/sample_plan.py.
+    """
 
     config: SampleConfig
-    checkpoint: str
+    checkpoint: str | None
     output: str
-    spec: ArraySpec
+    recipe: Recipe
+    labels: Labels
+    latents: ArraySpec
+    writes: tuple[str, ...] = (IMAGES,)
+    judges: tuple[ArraySpec, ...] = ()
+    finishes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     name: str = "sample"
 
     @property
@@ -62,242 +75,103 @@ class SampleStage:
         return open_store(self.output)
 
     @property
-    def outputs(self) -> tuple[ArrayOutput, ...]:
-        return (ArrayOutput(self.output, self.spec),)
+    def spec(self) -> ArraySpec:
+        """The array of the images, written or not: its fingerprint says which they are."""
+        return image_spec(self.recipe)
+
+    @property
+    def outputs(self) -> tuple[SampleOutput, ...]:
+        claim = Claim(self.output, self.recipe, self.labels)
+        arrays = {LATENTS: self.latents, IMAGES: self.spec}
+        quality = self.config.jpeg_quality
+        return (
+            *(SampleArray(self.output, spec, claim) for spec in self.judges),
+            *(
+                PictureTars(name, claim, self.spec, quality)
+                for name in PICTURES
+                if name in self.writes
+            ),
+            *(
+                SampleArray(self.output, spec, claim)
+                for name, spec in arrays.items()
+                if name in self.writes
+            ),
+        )
 
     def open(self, wanted: Wanted) -> Work:
-        prepare_compute(self.config.threads)
-        return _SampleWork(self, Sampler(self.config, self.checkpoint, self.spec.manifest))
+        prepare_compute(self.config.threads, tf32=self.config.dtype == "tf32")
+        names = frozenset[str]().union(*wanted.values()) or {o.name for o in self.outputs}
+        judges = {
+            spec.name: Judge(self.config, self.config.network_weights, spec)
+            for spec in self.judges
+            if spec.name in names
+        }
+        finished = None if LATENTS in names else self.finished_latents()
+        sampler = self.load_sampler(samples=finished is None, decodes=names != {LATENTS})
+        source = None if finished is None else ShardRows(open_latents(finished))
+        return _SampleWork(self, sampler, judges, source, wanted)
+
+    def finished_latents(self) -> str | None:
+        """The folder whose finished latents are decoded instead of sampling: another one, or the
+        output's own where they stand there already."""
+        if self.config.from_latents:
+            return self.config.from_latents
+        standing = SampleArray(
+            self.output, self.latents, Claim(self.output, self.recipe, self.labels)
+        )
+        return self.output if standing.sealed() else None
+
+    def load_sampler(self, *, samples: bool = True, decodes: bool = True) -> Sampler:
+        """What makes the samples, loaded: models where it `samples`, the decoder where it
+        `decodes`."""
+        from repa_pipeline.stages.sampler import Sampler
+
+        checkpoint = self.checkpoint if samples else None
+        return Sampler(
+            self.config, self.recipe, self.labels, checkpoint=checkpoint, decodes=decodes
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _SampleWork:
     stage: SampleStage
     sampler: Sampler
+    judges: Mapping[str, Judge]
+    source: ShardRows | None
+    wanted: Wanted
 
-    def load(self, shard: Shard) -> None:
-        return None
+    def load(self, shard: Shard) -> Records | None:
+        return None if self.source is None else self.source.rows(shard.start, shard.stop)
 
-    def compute(self, shard: Shard, loaded: None) -> Images:
-        return self.sampler.images(range(shard.start, shard.stop))
+    def compute(self, shard: Shard, loaded: Any) -> Made:
+        indices = range(shard.start, shard.stop)
+        names = {output.name for output in self._outputs(shard)}
+        latents = self.sampler.latents(indices) if loaded is None else loaded
+        records: dict[str, Records] = {LATENTS: latents}
+        if names != {LATENTS}:
+            images = self.sampler.decoded(latents)
+            records[IMAGES] = images
+            records |= {n: judge.rows(images) for n, judge in self.judges.items() if n in names}
+        return Made(records, self.stage.labels.of(indices))
 
-    def store(self, shard: Shard, computed: Images) -> Commits:
-        spec = self.stage.spec
-        num_bytes, digest = write_shard(self.stage.store, spec, shard.index, computed)
-        return (Commit(shard.index, shard.num_rows, num_bytes, digest, output=spec.name),)
+    def store(self, shard: Shard, computed: Made) -> Commits:
+        return tuple(output.write(shard, computed) for output in self._outputs(shard))
 
-
-class Sampler:
-    """The EMA (or raw) model of a checkpoint with its decoder, loaded once."""
-
-    def __init__(self, config: SampleConfig, checkpoint: str, manifest: Mapping[str, Any]):
-        import torch
-
-        from repa_pipeline.autoencoders.base import load_autoencoder
-        from repa_pipeline.training.checkpoint import load_checkpoint
-        from repa_pipeline.training.state import method_of_checkpoint
-
-        self.config = config
-        self.device = choose_device(config.device)
-        content = load_checkpoint(Path(checkpoint))
-        self.about: Mapping[str, Any] = content["about"]
-        load_plugins(tuple(self.about["config"]["plugins"]))
-        self.method: Method = method_of_checkpoint(content)
-        self.model = self.method.build()
-        self.model.load_state_dict(content["ema" if config.use_ema else "model"])
-        self.model.to(self.device).eval().requires_grad_(False)
-        self.sampler = _choose_sampler(config.sampler, self.method, self.about)
-        spec = autoencoder_spec(config, manifest["decoder"])
-        weights = config.decoder_weights
-        self.decoder = load_autoencoder(spec, weights=weights, device=self.device)
-        self.num_classes: int = self.about["inputs"]["num_classes"]
-        self._autocast = torch.autocast(
-            self.device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bf16"
-        )
-
-    def images(self, indices: range) -> Images:
-        """uint8 [len(indices), R, R, 3], made in batches of exactly `batch_size`."""
-        size = self.config.batch_size
-        parts = []
-        for start in range(0, len(indices), size):
-            batch = list(indices[start : start + size])
-            padded = batch + [batch[-1]] * (size - len(batch))
-            parts.append(self._to_uint8(self._decode(self.latents(padded)))[: len(batch)])
-        return np.concatenate(parts)
-
-    def latents(self, indices: list[int]) -> torch.Tensor:
-        """Scaled latents float64 [B, C, h, w] of samples `indices`."""
-        import torch
-
-        from repa_pipeline.diffusion.guidance import guided
-        from repa_pipeline.diffusion.interpolant import PATHS
-        from repa_pipeline.diffusion.sampling import SamplerOptions
-
-        config = self.config
-        labels = sample_labels(config.labels, config.seed, indices, self.num_classes)
-        cond = torch.from_numpy(labels).to(self.device)
-        null = torch.full_like(cond, self.method.null_label)
-        answer = guided(self._answer, cond, null, scale=config.cfg, interval=config.interval)
-        shapes = self.method.state_shapes()
-        noise = self._draw(indices, "noise", shapes, torch.float32)[0]
-        options = SamplerOptions(
-            config.num_steps,
-            increments=_Increments(self, indices, shapes),
-            path=PATHS[self.about["config"]["path"]],
-            eta=config.eta,
-        )
-        return self.sampler.run(answer, noise, options)[0]
-
-    def _answer(self, states: States, t: torch.Tensor, cond: torch.Tensor) -> States:
-        with self._autocast:
-            answer: States = getattr(self.method, self.sampler.asks)(self.model, states, t, cond)
-            return answer
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        from repa_pipeline.autoencoders.scaling import unscale_by
-
-        manifest = self.about["latents"]
-        scaled = latents.to(torch.float32)
-        return self.decoder.decode(unscale_by(scaled, manifest["scale"], manifest["shift"]))
-
-    def _to_uint8(self, pixels: torch.Tensor) -> Images:
-        """[-1, 1] [B, 3, R, R] -> uint8 [B, R, R, 3]; truncation is the reference's rule.
-
-        Raises DataError when a pixel is not finite.
-        """
-        if not pixels.isfinite().all():
-            raise DataError(
-                "the model's images are not finite: use a checkpoint from before the loss "
-                "diverged, or --dtype float32"
-            )
-        unit = (pixels + 1) / 2
-        levels = 255 * unit + (0.5 if self.config.uint8 == "round" else 0.0)
-        images: Images = levels.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        return images
-
-    def _draw(
-        self,
-        indices: list[int],
-        purpose: str,
-        shapes: tuple[tuple[int, ...], ...],
-        dtype: torch.dtype,
-        generators: list[torch.Generator] | None = None,
-    ) -> tuple[States, list[torch.Generator]]:
-        """Standard normal states, sample by sample from a CPU generator of the sample's own."""
-        import torch
-
-        generators = generators or [
-            torch.Generator().manual_seed(seed_of(self.config.seed, k, purpose)) for k in indices
-        ]
-        states = tuple(
-            torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators]).to(
-                self.device
-            )
-            for shape in shapes
-        )
-        return states, generators
+    def _outputs(self, shard: Shard) -> list[SampleOutput]:
+        wanted = self.wanted.get(shard.index)
+        return [o for o in self.stage.outputs if wanted is None or o.name in wanted]
 
 
-class _Increments:
-    """Normal increments of a batch, drawn step after step from each sample's own generator."""
-
-    def __init__(self, sampler: Sampler, indices: list[int], shapes: tuple[tuple[int, ...], ...]):
-        self._sampler = sampler
-        self._indices = indices
-        self._shapes = shapes
-        self._generators: list[torch.Generator] | None = None
-
-    def __call__(self, step: int) -> States:
-        import torch
-
-        states, self._generators = self._sampler._draw(
-            self._indices, "sde", self._shapes, torch.float64, self._generators
-        )
-        return states
+def image_spec(recipe: Recipe) -> ArraySpec:
+    """The array of the images of a recipe: uint8 [num_images, R, R, 3]."""
+    side = recipe["resolution"]
+    layout = RecordLayout((side, side, 3), "uint8", recipe["shard_rows"])
+    return ArraySpec(IMAGES, recipe["num_images"], layout, recipe)
 
 
-def sample_labels(
-    rule: str, seed: int, indices: list[int], num_classes: int
-) -> npt.NDArray[np.int64]:
-    """int64 [B]: the class of each sample, from its own index and the seed alone.
-
-    random: uniform; balanced: index % num_classes; a number: that class. Raises ConfigError.
-    """
-    if rule == "balanced":
-        return np.array([k % num_classes for k in indices], np.int64)
-    if rule == "random":
-        return np.array([seed_of(seed, k, "label") % num_classes for k in indices], np.int64)
-    if not rule.isdecimal() or int(rule) >= num_classes:
-        raise ConfigError(
-            f"labels: got '{rule}', expected random, balanced or a class from 0 to "
-            f"{num_classes - 1}"
-        )
-    return np.full(len(indices), int(rule), np.int64)
-
-
-def sample_stage(config: SampleConfig) -> SampleStage:
-    """Settles checkpoint, decoder and output folder; raises for what does not fit together."""
-    from repa_pipeline.autoencoders.base import find_autoencoder_weights
-    from repa_pipeline.training.checkpoint import file_digest, load_checkpoint
-    from repa_pipeline.training.state import method_of_checkpoint
-    from repa_pipeline.weights import file_sha256
-
-    path = _find_checkpoint(config)
-    content = load_checkpoint(path)
-    about = content["about"]
-    config = _with_training_entries(config, about)
-    decoder = config.decoder or about["latents"]["autoencoder"]
-    spec = autoencoder_spec(config, decoder)
-    if spec.channels != about["latents"]["channels"]:
-        raise MismatchError(
-            f"decoder {decoder} has {spec.channels} latent channels, the checkpoint's latents "
-            f"({about['latents']['autoencoder']}) have {about['latents']['channels']}: choose "
-            "another --decoder"
-        )
-    sample_labels(config.labels, config.seed, [0], about["inputs"]["num_classes"])
-    config = _with_sampler(config, method_of_checkpoint(content), about)
-    resolution = about["inputs"]["resolution"]
-    manifest = {
-        "kind": "samples",
-        "checkpoint_sha256": file_digest(path),
-        "step": content["step"],
-        "model": about["model_spec"]["name"],
-        "method": about["method"],
-        "num_classes": about["inputs"]["num_classes"],
-        "class_names": about["class_names"],
-        "resolution": resolution,
-        "num_images": config.num_images,
-        **decisions(config),
-        **({"eta": config.eta} if config.sampler == "ddim" else {}),
-        "decoder": spec.name,
-        "decoder_sha256": file_sha256(find_autoencoder_weights(spec, config.decoder_weights)),
-        "tf32": False,
-        "source_rows": about["data"]["rows"],
-    }
-    layout = RecordLayout((resolution, resolution, 3), "uint8", config.shard_rows)
-    array = ArraySpec(IMAGES, config.num_images, layout, manifest)
-    output = config.output or str(_default_output(path, manifest))
-    return SampleStage(config, str(path), output, array)
-
-
-def _with_sampler(config: SampleConfig, method: Method, about: Mapping[str, Any]) -> SampleConfig:
-    """The settings with the sampler's own name; raises ConfigError where it or its steps do not
-    fit the checkpoint."""
-    from repa_pipeline.diffusion.guidance import count_model_evaluations
-
-    name = _choose_sampler(config.sampler, method, about).name
-    count_model_evaluations(name, config.num_steps)
-    return dataclasses.replace(config, sampler=name)
-
-
-def _choose_sampler(name: str, method: Method, about: Mapping[str, Any]) -> SamplerSpec:
-    from repa_pipeline.diffusion.sampling import choose_sampler
-    from repa_pipeline.methods.base import answers_of
-
-    what = f"a checkpoint of {about['model_spec']['name']}"
-    return choose_sampler(name, answers_of(method), what)
+def sample_ledgers(stage: SampleStage) -> dict[str, Ledger]:
+    """The done records of a stage's outputs, by output."""
+    return {output.name: ledger_of(stage.store, output) for output in stage.outputs}
 
 
 def finish_samples(stage: SampleStage) -> list[Path]:
@@ -305,29 +179,32 @@ def finish_samples(stage: SampleStage) -> list[Path]:
     from repa_pipeline.metrics.adm_file import AdmWriter
     from repa_pipeline.pictures import save_png
 
-    folder, config = Path(stage.output), stage.config
-    array = open_samples(str(folder))
+    if not stage.finishes:
+        return []
+    folder, array = Path(stage.output), open_samples(stage.output)
     made = []
-    npz = folder / "samples.npz"
-    if config.npz:
-        if not npz.exists():
-            resolution = array.spec.layout.shape[0]
-            with AdmWriter(npz, num_images=array.spec.num_rows, resolution=resolution) as writer:
+    if "npz" in stage.finishes:
+        made.append(folder / NPZ_FILE)
+        if not made[0].exists():
+            spec = array.spec
+            settings = json.dumps(dict(stage.recipe), sort_keys=True)
+            side = spec.layout.shape[0]
+            with AdmWriter(
+                made[0], num_images=spec.num_rows, resolution=side, settings=settings
+            ) as writer:
                 for block in sample_blocks(array):
                     writer.write(block)
-        made.append(npz)
-    if config.grid:
-        picture = folder / "grid.png"
-        save_png(picture, _grid(array, config.grid))
-        made.append(picture)
+    if "grid" in stage.finishes:
+        made.append(folder / GRID_FILE)
+        labels = stage.labels.of(range(array.spec.num_rows))
+        save_png(made[-1], _grid(array, labels, stage.config.grid))
     return made
 
 
-def _grid(array: SealedArray, count: int) -> Images:
+def _grid(array: SealedArray, labels: npt.NDArray[np.int64], count: int) -> Images:
     """The picture of `count` samples; holds those alone."""
     from repa_pipeline.pictures import class_grid, grid_indices
 
-    labels = labels_of(array.spec.manifest, array.spec.num_rows)
     wanted = grid_indices(labels, count)
     shown, start = [], 0
     for block in sample_blocks(array, int(wanted[-1]) + 1):
@@ -342,7 +219,12 @@ def open_samples(folder: str) -> SealedArray:
     return open_sealed(open_store(folder), IMAGES, "sample")
 
 
-def sample_blocks(array: SealedArray, num_images: int | None = None) -> Any:
+def open_latents(folder: str) -> SealedArray:
+    """The sealed latents in a sample folder: raw float32 [N, C, h, w], ready to be decoded."""
+    return open_sealed(open_store(folder), LATENTS, "sample --outputs latents")
+
+
+def sample_blocks(array: SealedArray, num_images: int | None = None) -> Iterator[Any]:
     """Yields verified blocks uint8 [b, R, R, 3] in order, up to `num_images` in all."""
     left = array.spec.num_rows if num_images is None else num_images
     buffer = array.new_buffer()
@@ -354,45 +236,21 @@ def sample_blocks(array: SealedArray, num_images: int | None = None) -> Any:
         yield block
 
 
-def labels_of(manifest: Mapping[str, Any], num_images: int) -> npt.NDArray[np.int64]:
-    """int64 [num_images]: the classes that the samples of a manifest were asked for."""
-    return sample_labels(
-        manifest["labels"], manifest["seed"], list(range(num_images)), manifest["num_classes"]
-    )
+def samples_spec(folder: str) -> ArraySpec:
+    """The array of a sample folder's images, be they there or not.
 
-
-def _find_checkpoint(config: SampleConfig) -> Path:
-    if config.checkpoint and config.run:
-        raise ConfigError("--run and --checkpoint were both given: give one of them")
-    if config.checkpoint:
-        return Path(config.checkpoint)
-    return find_run(config, config.run).newest_checkpoint()
-
-
-def _with_training_entries(config: SampleConfig, about: Mapping[str, Any]) -> SampleConfig:
-    """Plugins and entry overrides of the training run, unless this command has its own."""
-    trained: TrainConfig = from_json(TrainConfig, about["config"])
-    return dataclasses.replace(
-        config,
-        plugins=tuple(dict.fromkeys((*trained.plugins, *config.plugins))),
-        overrides={**trained.overrides, **config.overrides},
-    )
-
-
-def _default_output(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    low, high = manifest["interval"]
-    guidance = f"cfg{manifest['cfg']:g}" if manifest["cfg"] != 1 else "plain"
-    guidance += f"-{low:g}-{high:g}" if (low, high) != (0, 1) and manifest["cfg"] != 1 else ""
-    name = (
-        f"step{manifest['step']}.{manifest['sampler']}{manifest['num_steps']}.{guidance}."
-        f"seed{manifest['seed']}.n{manifest['num_images']}.{fingerprint(manifest)[:8]}"
-    )
-    relative = os.path.relpath(run)
-    return (run if relative.startswith(os.pardir) else Path(relative)) / "samples" / name
+    Raises MissingError where nothing of the samples is finished.
+    """
+    store = open_store(folder)
+    finished = [n for n in store.list("") if store.size(f"{n}/seal.json") is not None]
+    if not finished:
+        raise MissingError(f"no finished samples in {folder}: run `repa sample` first")
+    if store.size(SETTINGS_FILE) is not None:
+        return image_spec(get_json(store, SETTINGS_FILE))
+    return open_samples(folder).spec
 
 
 def read_settings(folder: str) -> dict[str, Any]:
-    """The manifest of a sample folder as JSON values."""
-    settings: dict[str, Any] = json.loads(json.dumps(dict(open_samples(folder).spec.manifest)))
+    """The recipe of a sample folder as JSON values."""
+    settings: dict[str, Any] = json.loads(json.dumps(dict(samples_spec(folder).manifest)))
     return settings

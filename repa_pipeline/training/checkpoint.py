@@ -68,16 +68,17 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(marker[1]) for marker in markers if marker)
 
 
-def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: Path, device: str = "cpu", *, mapped: bool = False) -> dict[str, Any]:
     """Loads a checkpoint file; never unpickles code.
 
+    mapped: tensors are read from the file when they are used; what is not used costs nothing.
     Raises MissingError when absent, DamagedError when it is torn, altered or not ours.
     """
     if not path.is_file():
         raise MissingError(f"no checkpoint {path}: check --run or --checkpoint")
     check_file(path)
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         version = dict(content)["format_version"]
     except (MemoryError, torch.OutOfMemoryError):
         raise

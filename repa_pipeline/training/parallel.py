@@ -55,9 +55,16 @@ def prepare_blocks(config: TrainConfig, model: nn.Module, compile: bool) -> None
 
     The parts keep their names and parameters.
     """
-    for name, module in model.named_modules():
+    for _, module in model.named_modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = config.gradient_checkpointing
-        if compile and isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "blocks":
+    if compile:
+        compile_blocks(model)
+
+
+def compile_blocks(model: nn.Module, dynamic: bool | None = None) -> None:
+    """Compiles every block of a trunk, all from one code; dynamic False: for each shape anew."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "blocks":
             for block in module:
-                block.compile()
+                block.compile(dynamic=dynamic)

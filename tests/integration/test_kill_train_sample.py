@@ -65,6 +65,7 @@ batch_size = 4
 shard_rows = 4
 cfg = 1.8
 grid = 8
+outputs = ["npz", "png", "latents"]
 """
 
 
@@ -158,7 +159,7 @@ def test_killed_sampling(project: Path) -> None:
     moments = random.Random(1)
 
     def num_done() -> int:
-        ledger = folder / "ledger"
+        ledger = folder / "ledger" / "images"
         return len(list(ledger.glob("*.json"))) if ledger.is_dir() else 0
 
     for low, high in ((1, 1), (3, 4)):
@@ -172,6 +173,6 @@ def test_killed_sampling(project: Path) -> None:
     assert files == sorted(
         p.relative_to(undisturbed) for p in undisturbed.rglob("*") if p.is_file()
     )
-    assert {"samples.npz", "grid.png"} <= {path.name for path in files}
+    assert {"samples.npz", "grid.png", "000005.tar"} <= {path.name for path in files}
     for path in files:
         assert (folder / path).read_bytes() == (undisturbed / path).read_bytes(), path

@@ -16,6 +16,7 @@ from repa_pipeline.metrics.adm_file import (
     AdmWriter,
     adm_shape,
     read_adm,
+    read_adm_settings,
     read_reference_statistics,
 )
 
@@ -47,6 +48,34 @@ def test_adm_file_written_by_numpy_is_read(tmp_path: Path, images: np.ndarray) -
     np.savez_compressed(tmp_path / "numpy.npz", images, arr_1=np.arange(3))
     blocks = list(read_adm(tmp_path / "numpy.npz", block_images=5))
     np.testing.assert_array_equal(np.concatenate(blocks), images)
+
+
+def test_settings_behind_the_images_leave_the_suites_reader_alone(
+    tmp_path: Path, images: np.ndarray
+) -> None:
+    """The suite's rules: `arr_0.npy` streamed from the zip, C order uint8; no key `mu`."""
+    path, text = tmp_path / "samples.npz", '{"cfg": 1.8, "class_names": ["Käse", "寿司"]}'
+    for name in ("samples.npz", "again.npz"):
+        with AdmWriter(tmp_path / name, num_images=11, resolution=6, settings=text) as writer:
+            writer.write(images)
+    assert path.read_bytes() == (tmp_path / "again.npz").read_bytes()
+    assert read_adm_settings(path) == text
+    with np.load(path, allow_pickle=False) as stored:
+        assert stored.files == ["arr_0", "settings"] and "mu" not in stored
+        assert str(stored["settings"]) == text
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+        assert archive.testzip() is None
+        assert np.lib.format.read_magic(stream) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        assert (shape, fortran, dtype) == ((11, 6, 6, 3), False, np.uint8)
+        assert stream.read() == images.tobytes()
+    assert np.array_equal(np.concatenate(list(read_adm(path))), images)
+    with pytest.raises(DataError, match="has no mu and no sigma"):
+        read_reference_statistics(path)
+    write(tmp_path / "plain.npz", images, 4)
+    assert read_adm_settings(tmp_path / "plain.npz") is None
+    with pytest.raises(MissingError):
+        read_adm_settings(tmp_path / "none.npz")
 
 
 def test_equal_images_give_equal_bytes(tmp_path: Path, images: np.ndarray) -> None:

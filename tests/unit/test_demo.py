@@ -11,7 +11,7 @@ import pytest
 from repa_pipeline import demo
 from repa_pipeline.data.digits import embedded_digits, train_indices
 from repa_pipeline.errors import StageError
-from repa_pipeline.stages import sample
+from repa_pipeline.stages import sample, sample_labels
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +48,7 @@ def test_the_judge_counts_agreement(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     array = type("Array", (), {"spec": type("Spec", (), {"manifest": {}})})
     monkeypatch.setattr(sample, "open_samples", lambda folder: array)
     monkeypatch.setattr(sample, "sample_blocks", lambda array: [images[chosen]])
-    monkeypatch.setattr(sample, "labels_of", lambda manifest, count: asked[:count])
+    monkeypatch.setattr(sample_labels, "labels_of", lambda manifest, count, store: asked[:count])
     line = demo.judge_samples(tmp_path)
     verdict = json.loads((tmp_path / "judge.json").read_text())
     assert verdict["num_samples"] == 40 and np.isclose(verdict["agreement"], 0.75)

@@ -31,7 +31,7 @@ from repa_pipeline.models.published_dit import to_diffusers
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.export_run import export_run, plan_export, split_state
 from repa_pipeline.stages.import_run import ImportedModel, import_run, load_exported, read_model
-from repa_pipeline.stages.sample import Sampler, sample_stage
+from repa_pipeline.stages.sample_plan import sample_stage
 from repa_pipeline.stages.train import plan_training, train
 from repa_pipeline.testing.caches import (
     ToyTeacher,
@@ -100,9 +100,7 @@ def samples_of(workspace: Path, run: Run) -> Tensor:
         workspace=str(workspace), run=run.name, num_images=3, num_steps=3, batch_size=3, cfg=1.8,
         device="cpu", threads=1, shard_rows=3,
     )  # fmt: skip
-    stage = sample_stage(config)
-    sampler = Sampler(stage.config, stage.checkpoint, stage.spec.manifest)
-    return sampler.latents([0, 1, 2])
+    return sample_stage(config).load_sampler().scaled([0, 1, 2])
 
 
 @pytest.mark.parametrize("name", ["aligned", "plain"])

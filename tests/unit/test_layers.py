@@ -50,6 +50,7 @@ LEVELS = {
     "report_training": 9,
     "report_twins": 9,
     "testing": 9,
+    "pipeline": 9,
     "cluster": 9,
     "demo": 10,
     "commands": 10,

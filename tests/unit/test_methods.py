@@ -25,7 +25,8 @@ from repa_pipeline.methods.sit import SiTMethod
 from repa_pipeline.methods.trunk import TrunkMethod
 from repa_pipeline.models import MODELS, ModelSpec
 from repa_pipeline.registry import load_plugins, method_spec
-from repa_pipeline.stages.sample import Sampler, open_samples, sample_blocks, sample_stage
+from repa_pipeline.stages.sample import open_samples, sample_blocks
+from repa_pipeline.stages.sample_plan import sample_stage
 from repa_pipeline.testing.caches import isolated_tables, write_toy_cache
 from repa_pipeline.testing.methods import check_method, conformance_inputs
 from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
@@ -252,12 +253,11 @@ def test_a_plugin_method_with_two_states(project: Path, capsys: pytest.CaptureFi
 def test_the_second_state_reaches_the_images(project: Path) -> None:
     repa("train whole --steps 3")
     config = SampleConfig(workspace=".", device="cpu", num_images=4, num_steps=4, sampler="euler")
-    stage = sample_stage(config)
-    sampler = Sampler(stage.config, stage.checkpoint, stage.spec.manifest)
-    before = sampler.latents([0, 1])
+    sampler = sample_stage(config).load_sampler()
+    before = sampler.scaled([0, 1])
     with torch.no_grad():
-        sampler.model.get_parameter("token.bias").add_(3.0)
-    after = sampler.latents([0, 1])
+        sampler.model.network.get_parameter("token.bias").add_(3.0)
+    after = sampler.scaled([0, 1])
     assert before.shape == (2, 4, 8, 8) and float((after - before).abs().max()) > 0.1
 
 

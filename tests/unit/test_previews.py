@@ -179,7 +179,11 @@ def test_scores_are_those_of_the_samples(workspace: Path, monkeypatch: pytest.Mo
     distance = FrechetReference(mu, sigma).distance(pool.mean(0), np.cov(pool, rowvar=False))
     assert numbers["eval/frechet_distance"] == pytest.approx(distance.distance, rel=1e-3)
     # What is large is gone once it is scored; made again, it is the same.
-    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "result.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "grid.png",
+        "result.json",
+        "settings.json",
+    ]
     picture = (folder / "grid.png").read_bytes()
     for command in (sample, evaluate):
         assert InThisProcess(["", "", "", *command], stderr=io.StringIO()).poll() in (0, None)

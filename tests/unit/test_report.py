@@ -372,7 +372,7 @@ def test_missing_parts_are_said_to_be_missing(tmp_path: pathlib.Path) -> None:
     assert "Nothing logged yet: fresh." in seen
     assert "fresh: no samples yet, run repa sample --run fresh." in seen
     assert "no picture (grid.png) yet" in seen
-    assert "images is absent: run repa sample first" in seen
+    assert "no finished samples in" in seen and "run repa sample first" in seen
     assert seen.count("not scored yet: run repa evaluate --samples FOLDER") == 2
     assert "Samples are not scored yet" in seen
     assert "Labels not judged." in seen

@@ -13,7 +13,7 @@ import pytest
 
 from repa_pipeline import resolve as resolving
 from repa_pipeline.command_table import COMMANDS
-from repa_pipeline.config import PRESETS, as_json, decisions, from_json
+from repa_pipeline.config import EMBEDDED, PRESETS, as_json, decisions, from_json
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import ConfigError, MissingError, UnknownNameError
 from repa_pipeline.registry import autoencoder_spec, encoder_spec
@@ -132,6 +132,15 @@ def test_presets() -> None:
                 assert known, f"{name} sets {section}.{key}, which no command has"
                 default = next(f for f in dataclasses.fields(known[0]) if f.name == key).default
                 assert type(default) in (type(value), type(None))
+
+
+def test_a_checkpoint_from_elsewhere_is_not_taken_for_one_of_digits(tmp_path: Path) -> None:
+    given = {"checkpoint": "SiT-XL-2-256.pt", "workspace": str(tmp_path)}
+    config = resolve("sample", given, environment={}).config
+    assert (config.preset, config.num_steps, config.num_images) == ("imagenet", 250, 50_000)
+    digits = resolve("sample", {**given, "source": EMBEDDED}, environment={}).config
+    assert (digits.preset, digits.num_steps) == ("digits", 12)
+    assert resolve("sample", {"workspace": str(tmp_path)}, environment={}).config.num_steps == 12
 
 
 def test_a_presets_section_wins_over_its_general_part(monkeypatch: pytest.MonkeyPatch) -> None:

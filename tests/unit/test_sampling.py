@@ -18,26 +18,26 @@ from repa_pipeline.autoencoders.base import load_autoencoder
 from repa_pipeline.cli import main
 from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.engine.contracts import Shard, run_phases
-from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.engine.run import run_stage
-from repa_pipeline.errors import ConfigError, DamagedError, MismatchError, MissingError
+from repa_pipeline.errors import ConfigError, DamagedError, DataError, MismatchError, MissingError
 from repa_pipeline.observe import Silent
 from repa_pipeline.pictures import class_grid
 from repa_pipeline.stages.sample import (
-    Sampler,
     SampleStage,
     finish_samples,
-    labels_of,
     open_samples,
     read_settings,
     sample_blocks,
-    sample_labels,
-    sample_stage,
+    sample_ledgers,
 )
+from repa_pipeline.stages.sample_labels import labels_of, sample_labels
+from repa_pipeline.stages.sample_plan import sample_stage
+from repa_pipeline.stages.sampler import Draws, LatentSampler, Sampler, to_uint8
 from repa_pipeline.stages.train import plan_training, train
 from repa_pipeline.testing.caches import isolated_tables, toy_train_config, write_toy_cache
 from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
+from repa_pipeline.training.draws import seed_of
 
 Images = npt.NDArray[np.uint8]
 
@@ -86,18 +86,12 @@ def config_of(workspace: Path, **changes: Any) -> SampleConfig:
 
 
 def sampler_of(workspace: Path, **changes: Any) -> Sampler:
-    stage = sample_stage(config_of(workspace, **changes))
-    return Sampler(stage.config, stage.checkpoint, stage.spec.manifest)
-
-
-def ledgers(stage: SampleStage) -> dict[str, Ledger]:
-    (images,) = stage.outputs
-    return {images.name: Ledger(stage.store, "ledger", images.plan().fingerprint)}
+    return sample_stage(config_of(workspace, **changes)).load_sampler()
 
 
 def make(workspace: Path, output: Path, **changes: Any) -> SampleStage:
     stage = sample_stage(config_of(workspace, output=str(output), **changes))
-    run_stage(stage, LocalExecutor(), ledgers(stage), Silent())
+    run_stage(stage, LocalExecutor(), sample_ledgers(stage), Silent())
     return stage
 
 
@@ -111,7 +105,7 @@ def test_a_sample_does_not_depend_on_its_batch(workspace: Path, sampler: str) ->
     for size in (1, 7, 64):
         one = sampler_of(workspace, sampler=sampler, batch_size=size)
         indices = list(range(64))
-        parts = [one.latents(indices[i : i + size]) for i in range(0, 9, size)]
+        parts = [one.scaled(indices[i : i + size]) for i in range(0, 9, size)]
         latents[size] = torch.cat(parts)[:9]
         images[size] = one.images(range(9)).astype(int)
     assert latents[1].dtype == torch.float64 and float(latents[1].std()) > 0.1
@@ -140,12 +134,12 @@ def test_shards_in_any_order_and_number_are_the_same(workspace: Path, tmp_path: 
     # A killed run: one shard recorded, the other gone.
     resumed = sample_stage(config_of(workspace, output=str(tmp_path / "resumed")))
     resumed.outputs[0].begin()
-    ledgers(resumed)["images"].record(run_phases(resumed.open({}), Shard(1, 5, 10))[0])
-    result = run_stage(resumed, LocalExecutor(), ledgers(resumed), Silent())
+    sample_ledgers(resumed)["images"].record(run_phases(resumed.open({}), Shard(1, 5, 10))[0])
+    result = run_stage(resumed, LocalExecutor(), sample_ledgers(resumed), Silent())
     assert result.num_new == 1
     assert np.array_equal(images_in(tmp_path / "resumed"), whole)
 
-    again = run_stage(resumed, LocalExecutor(), ledgers(resumed), Silent())
+    again = run_stage(resumed, LocalExecutor(), sample_ledgers(resumed), Silent())
     assert again.num_new == 0
 
 
@@ -188,11 +182,10 @@ def test_labels_reach_the_model(workspace: Path, tmp_path: Path) -> None:
         sample_stage(config_of(workspace, labels="3"))
 
 
-def test_truncating_and_rounding_to_levels(workspace: Path) -> None:
+def test_truncating_and_rounding_to_levels() -> None:
     levels = torch.tensor([-3.0, 0.0, 0.4, 0.6, 100.5, 254.4, 254.6, 255.0, 300.0])
     pixels = (levels / 255 * 2 - 1).view(1, 1, 1, -1).expand(1, 3, 1, -1)
-    truncated = sampler_of(workspace)._to_uint8(pixels)
-    rounded = sampler_of(workspace, uint8="round")._to_uint8(pixels)
+    truncated, rounded = (to_uint8(pixels, rule) for rule in ("truncate", "round"))
     assert truncated.shape == (1, 1, 9, 3) and truncated.dtype == np.uint8
     assert truncated[0, 0, :, 1].tolist()[:4] == [0, 0, 0, 0]
     assert truncated[0, 0, :, 1].tolist()[4:] == [100, 254, 254, 255, 255]
@@ -202,7 +195,8 @@ def test_truncating_and_rounding_to_levels(workspace: Path) -> None:
 
 def test_images_are_the_decoded_unscaled_latents(workspace: Path) -> None:
     sampler = sampler_of(workspace, batch_size=3)
-    raw = sampler.latents([0, 1, 2]).float() / 0.5 + 0.1
+    raw = sampler.scaled([0, 1, 2]).float() / 0.5 + 0.1
+    assert np.array_equal(sampler.latents(range(3)), raw.numpy())
     decoder = load_autoencoder(tiny_autoencoder(weights=str(workspace / "tiny.safetensors")))
     pixels = decoder.decode(raw).permute(0, 2, 3, 1).numpy()
     expected = np.clip(255 * (pixels + 1) / 2, 0, 255)
@@ -214,8 +208,8 @@ class Counting:
 
     def __init__(self, sampler: Sampler):
         self.calls: list[tuple[int, float]] = []
-        self._velocity = sampler.method.velocity
-        method: Any = sampler.method
+        method: Any = sampler.model.method
+        self._velocity = method.velocity
         method.velocity = self
 
     def __call__(self, model: Any, states: Any, t: torch.Tensor, cond: torch.Tensor) -> Any:
@@ -226,15 +220,15 @@ class Counting:
 def test_guidance_acts_inside_its_interval_only(workspace: Path) -> None:
     sampler = sampler_of(workspace, sampler="euler", num_steps=5, interval=(0.3, 0.7))
     counting = Counting(sampler)
-    sampler.latents([0, 1])
+    sampler.scaled([0, 1])
     assert counting.calls == [(2, 1.0), (2, 0.8), (4, 0.6), (4, 0.4), (2, 0.2)]
     off = sampler_of(workspace, sampler="euler", num_steps=5, cfg=1.0)
     counting = Counting(off)
-    off.latents([0, 1])
+    off.scaled([0, 1])
     assert [count for count, _ in counting.calls] == [2] * 5
 
     def latents(**changes: Any) -> torch.Tensor:
-        return sampler_of(workspace, sampler="euler", num_steps=5, **changes).latents([0, 1])
+        return sampler_of(workspace, sampler="euler", num_steps=5, **changes).scaled([0, 1])
 
     plain, narrow = latents(cfg=1.0), latents(interval=(0.3, 0.7))
     assert torch.equal(latents(interval=(0.45, 0.5)), plain)
@@ -243,28 +237,63 @@ def test_guidance_acts_inside_its_interval_only(workspace: Path) -> None:
 
 def test_projectors_are_never_called(workspace: Path) -> None:
     sampler = sampler_of(workspace)
-    for projector in sampler.model.get_submodule("projectors").children():
+    for projector in sampler.model.network.get_submodule("projectors").children():
         projector.register_forward_hook(lambda *_: pytest.fail("a projector ran"))
-    sampler.latents([0])
+    sampler.scaled([0])
 
 
 def test_ema_or_raw_weights(workspace: Path) -> None:
     content = torch.load(sampler_stage_checkpoint(workspace), weights_only=True)
     name = "trunk.blocks.0.attn.qkv.weight"
     ema, raw = sampler_of(workspace), sampler_of(workspace, use_ema=False)
-    assert torch.equal(ema.model.get_parameter(name), content["ema"][name])
-    assert torch.equal(raw.model.get_parameter(name), content["model"][name])
-    assert not torch.equal(ema.latents([0]), raw.latents([0]))
-    assert not any(p.requires_grad for p in ema.model.parameters()) and not ema.model.training
+    assert torch.equal(ema.model.network.get_parameter(name), content["ema"][name])
+    assert torch.equal(raw.model.network.get_parameter(name), content["model"][name])
+    assert not torch.equal(ema.scaled([0]), raw.scaled([0]))
+    network = ema.model.network
+    assert not any(p.requires_grad for p in network.parameters()) and not network.training
 
 
 def sampler_stage_checkpoint(workspace: Path) -> str:
-    return sample_stage(config_of(workspace)).checkpoint
+    return str(sample_stage(config_of(workspace)).checkpoint)
+
+
+def test_draws_ahead_are_the_same_numbers() -> None:
+    shapes = ((4, 2, 2), (3,))
+
+    def drawn(ahead: bool) -> list[Any]:
+        noise, sde = (
+            [torch.Generator().manual_seed(seed_of(7, k, purpose)) for k in (0, 5)]
+            for purpose in ("noise", "sde")
+        )
+        draws = Draws(noise, sde, shapes, "cpu", ahead)
+        return [draws.noise(), *(draws.increments(step) for step in range(5))]
+
+    plain = drawn(ahead=False)
+    for got, expected in zip(drawn(ahead=True), plain, strict=True):
+        assert all(map(torch.equal, got, expected))
+    generator = torch.Generator().manual_seed(seed_of(7, 5, "sde"))
+    for states in plain[1:]:
+        for state, shape in zip(states, shapes, strict=True):
+            own = torch.randn(shape, generator=generator, dtype=torch.float64)
+            assert torch.equal(state[1], own)
+
+
+def test_weights_in_bf16_are_what_autocast_makes_of_them(workspace: Path) -> None:
+    cast = sampler_of(workspace, dtype="bf16")
+    assert cast.model.network.get_parameter("trunk.blocks.0.mlp.fc1.weight").dtype == torch.bfloat16
+    plain = sampler_of(workspace)
+    assert cast.latent_sampler is not None and plain.latent_sampler is not None
+    steps = cast.latent_sampler.steps
+    autocast = LatentSampler(plain.model, steps, "cpu")
+    draws = [Draws.seeded(0, [0, 1], ((4, 8, 8),), "cpu") for _ in range(2)]
+    labels = cast.labels.of([0, 1])
+    found = cast.latent_sampler.scaled(labels, draws[0])
+    assert torch.equal(found, autocast.scaled(labels, draws[1]))
 
 
 def test_bf16_is_close_to_float32(workspace: Path) -> None:
-    exact = sampler_of(workspace).latents([0, 1])
-    half = sampler_of(workspace, dtype="bf16").latents([0, 1])
+    exact = sampler_of(workspace).scaled([0, 1])
+    half = sampler_of(workspace, dtype="bf16").scaled([0, 1])
     assert not torch.equal(half, exact)
     assert float((half - exact).abs().mean()) < 0.1 * float(exact.std())
 
@@ -274,7 +303,8 @@ def test_the_npz_and_the_picture(workspace: Path, tmp_path: Path) -> None:
     npz, picture = finish_samples(stage)
     images = images_in(tmp_path / "out")
     with np.load(npz, allow_pickle=False) as stored:
-        assert stored.files == ["arr_0"] and stored["arr_0"].dtype == np.uint8
+        assert stored.files == ["arr_0", "settings"] and stored["arr_0"].dtype == np.uint8
+        assert json.loads(str(stored["settings"])) == read_settings(str(tmp_path / "out"))
         assert np.array_equal(stored["arr_0"], images)
     zarr = pytest.importorskip("zarr")
     assert np.array_equal(zarr.open_array(str(tmp_path / "out" / "images"), mode="r")[:], images)
@@ -359,7 +389,7 @@ def test_checkpoints_that_do_not_work(workspace: Path, tmp_path: Path) -> None:
         refused(checkpoint="nowhere.pt")
     foreign = tmp_path / "foreign.pt"
     torch.save({"model": {"weight": torch.zeros(2)}}, foreign)
-    with pytest.raises(DamagedError, match="is not a checkpoint of this package"):
+    with pytest.raises(DataError, match="has no 'ema': .* expected a checkpoint of the reference"):
         refused(checkpoint=str(foreign))
     torch.save({"format_version": 99}, foreign)
     with pytest.raises(DamagedError, match="has format version 99, this package reads 1"):

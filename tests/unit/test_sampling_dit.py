@@ -18,13 +18,9 @@ from repa_pipeline.diffusion.ddpm import chain, sample_ddim, sample_ddpm
 from repa_pipeline.diffusion.interpolant import States
 from repa_pipeline.errors import ConfigError
 from repa_pipeline.observe import Silent
-from repa_pipeline.stages.sample import (
-    Sampler,
-    SampleStage,
-    open_samples,
-    sample_blocks,
-    sample_stage,
-)
+from repa_pipeline.stages.sample import SampleStage, open_samples, sample_blocks
+from repa_pipeline.stages.sample_plan import sample_stage
+from repa_pipeline.stages.sampler import Sampler
 from repa_pipeline.stages.train import plan_training, train
 from repa_pipeline.testing.caches import (
     TOY_TRUNK,
@@ -83,15 +79,18 @@ def stage_of(workspace: Path, run: str = "dit", **changes: Any) -> SampleStage:
     return sample_stage(SampleConfig(**{**settings, **changes}))
 
 
+def checkpoint_of(workspace: Path, run: str = "dit") -> Path:
+    return Path(str(stage_of(workspace, run).checkpoint))
+
+
 def sampler_of(workspace: Path, **changes: Any) -> Sampler:
-    stage = stage_of(workspace, **changes)
-    return Sampler(stage.config, stage.checkpoint, stage.spec.manifest)
+    return stage_of(workspace, **changes).load_sampler()
 
 
 def test_the_method_of_a_run_follows_its_model(workspace: Path) -> None:
     methods = {}
     for name in ("dit", "plain", "sit"):
-        content = load_checkpoint(Path(stage_of(workspace, name).checkpoint))
+        content = load_checkpoint(checkpoint_of(workspace, name))
         methods[name] = content["about"]["method"].rpartition(":")[2]
     assert methods == {"dit": "RepaDiTMethod", "plain": "DiTMethod", "sit": "RepaMethod"}
 
@@ -154,7 +153,7 @@ def test_latents_are_those_of_the_plain_loop(workspace: Path, sampler: str, eta:
     one = sampler_of(
         workspace, sampler=sampler, eta=eta, cfg=2.0, interval=(0.0, 0.6), labels="balanced"
     )
-    trunk = one.model.get_submodule("trunk")
+    trunk = one.model.network.get_submodule("trunk")
     generators = [torch.Generator().manual_seed(seed_of(0, k, "sde")) for k in (0, 1)]
     noise = torch.stack(
         [
@@ -179,7 +178,7 @@ def test_latents_are_those_of_the_plain_loop(workspace: Path, sampler: str, eta:
         (expected,) = sample_ddpm(answer, (noise,), num_steps=5, increments=increments)
     else:
         (expected,) = sample_ddim(answer, (noise,), num_steps=5, increments=increments, eta=eta)
-    found = one.latents([0, 1])
+    found = one.scaled([0, 1])
     assert found.dtype == torch.float64 and float(found.std()) > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert {level.timestep > 600 for level in chain(5)} == {True, False}
@@ -190,7 +189,7 @@ def test_a_sample_does_not_depend_on_its_batch(workspace: Path, sampler: str) ->
     latents = {}
     for size in (1, 3, 9):
         one = sampler_of(workspace, sampler=sampler, cfg=1.5, eta=1.0)
-        parts = [one.latents(list(range(i, i + size))) for i in range(0, 9, size)]
+        parts = [one.scaled(list(range(i, i + size))) for i in range(0, 9, size)]
         latents[size] = torch.cat(parts)
     for size in (3, 9):
         torch.testing.assert_close(latents[size], latents[1], rtol=0, atol=1e-4)
@@ -199,9 +198,9 @@ def test_a_sample_does_not_depend_on_its_batch(workspace: Path, sampler: str) ->
 
 def test_projectors_are_never_called(workspace: Path) -> None:
     one = sampler_of(workspace)
-    for projector in one.model.get_submodule("projectors").children():
+    for projector in one.model.network.get_submodule("projectors").children():
         projector.register_forward_hook(lambda *_: pytest.fail("a projector ran"))
-    one.latents([0])
+    one.scaled([0])
 
 
 def test_the_command(
@@ -237,7 +236,7 @@ def test_the_command(
 
 def test_training_goes_on_across_the_end_of_alignment(workspace: Path) -> None:
     """Stopped before it, at it and after it: the same weights, bit for bit."""
-    whole = load_checkpoint(Path(stage_of(workspace).checkpoint))
+    whole = load_checkpoint(checkpoint_of(workspace))
     for stop in (4, 6, 8):
         changes: dict[str, Any] = {**DIT, "align_steps": 6, "learning_rate": 1e-2}
         for steps in (stop, 10):
@@ -245,7 +244,7 @@ def test_training_goes_on_across_the_end_of_alignment(workspace: Path) -> None:
                 workspace, name=f"stopped-{stop}", plugins=("dit_parts",), steps=steps, **changes
             )
             train(plan_training(config), Silent())
-        parts = load_checkpoint(Path(stage_of(workspace, f"stopped-{stop}").checkpoint))
+        parts = load_checkpoint(checkpoint_of(workspace, f"stopped-{stop}"))
         assert parts["step"] == 10
         assert parts["model"].keys() == whole["model"].keys()
         for name, value in whole["model"].items():
