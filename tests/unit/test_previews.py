@@ -272,6 +272,28 @@ def test_a_checkpoint_that_is_not_yet_written_is_waited_for(
     )
 
 
+def test_what_dies_of_sigterm_is_made_later(tmp_path: Path, held: list[Held]) -> None:
+    """Batch systems send it to every process of a job."""
+    shown = new_previews(tmp_path, evaluate_every=0)
+    for step, code in enumerate((-15, 143, -9), start=1):
+        shown.start(step, save_checkpoint(tmp_path / "checkpoints", step, {}))
+        held[-1].returncode = code
+        shown.poll()
+    assert said(tmp_path) == [("preview_skipped", 3, "exit code -9, no message")]
+    again = new_previews(tmp_path, from_step=3, evaluate_every=0)
+    again.catch_up(3, tmp_path / "checkpoints", read_events(tmp_path / "events.jsonl"))
+    assert again.steps_in_use == {1, 2}
+
+
+def test_waiting_ends_when_the_run_is_told_to_end(tmp_path: Path, held: list[Held]) -> None:
+    shown = new_previews(tmp_path)
+    shown.start(2, save_checkpoint(tmp_path / "checkpoints", 2, {}))
+    asked = iter([False, False, True])
+    assert not shown.finish(lambda: next(asked))
+    assert held[0].was_stopped and shown.steps_in_use == set() and said(tmp_path) == []
+    assert shown.finish(lambda: True)  # there is nothing left
+
+
 def test_an_error_of_the_run_stops_what_works(tmp_path: Path, held: list[Held]) -> None:
     with pytest.raises(KeyboardInterrupt), new_previews(tmp_path) as shown:
         shown.start(1, save_checkpoint(tmp_path / "checkpoints", 1, {}))
@@ -332,3 +354,24 @@ def test_a_run_that_is_told_to_stop_waits_for_nothing(
     result = train(plan_training(settings(workspace, preview_every=2, steps=4)), Silent())
     skipped = [(e, step) for e, step, _ in said(result.run.folder) if e != "scalars"]
     assert skipped == [("preview_skipped", 2), ("preview_skipped", 4)]
+
+
+def test_a_finished_run_makes_what_its_end_cut_short(
+    workspace: Path, held: list[Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = iter([False] * 5 + [True])  # four steps, and a look at what is made
+    monkeypatch.setattr(Stopping, "heard", lambda self: next(heard))
+    config = settings(workspace, preview_every=4, steps=4)
+    result = train(plan_training(config), Silent())
+    assert (result.step, result.stopped) == (4, True)  # told while the last preview was made
+    assert held[0].was_stopped
+    assert {event for event, *_ in said(result.run.folder)} == {"scalars"}
+
+    monkeypatch.setattr(Stopping, "heard", lambda self: False)
+    monkeypatch.setattr(Held, "poll", lambda self: 1)
+    monkeypatch.setattr(Held, "wait", lambda self: 1)
+    result = train(plan_training(config), Silent())
+    assert (result.step, result.num_new, result.stopped) == (4, 0, False)
+    assert [(e, step) for e, step, _ in said(result.run.folder) if e != "scalars"] == [
+        ("preview_skipped", 4)
+    ]
