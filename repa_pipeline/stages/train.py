@@ -100,6 +100,25 @@ class TrainPlan:
             flops_per_image=flops, about=about,
         )  # fmt: skip
 
+    def online(self, steps: range, world: World) -> OnlineTeachers | None:
+        """The teachers that run inside the step, to be entered for `steps`; None without any."""
+        if not self.inputs.online:
+            return None
+        from repa_pipeline.stages.online import OnlineTeachers
+
+        config = self.config
+        return OnlineTeachers(
+            config,
+            self.inputs,
+            self.order,
+            steps=steps,
+            local=rank_slice(config.batch_size, world.rank, world.size),
+            device=self.device,
+            dtype=self.dtype,
+            compile=self.compile,
+            views=functools.partial(mirrored_views, config) if config.flip else None,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
@@ -218,10 +237,10 @@ def _train_phase(
     autocast = torch.autocast(plan.device.split(":")[0], torch.bfloat16, plan.dtype == "bf16")
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(_reader(plan, phase, steps, world))
-        online = _online(plan, phase, steps, world, stack)
+        online = plan.online(steps, world) if phase.uses_features else None
         batches = BatchMaker(config, plan.inputs, method, plan.device, world, online)
         loss_of = shared_loss(method, state.model, state.ema.module, world, batches.accumulates)
-        outputs.follow(reader, *([online] if online else []))
+        outputs.follow(reader, *([stack.enter_context(online)] if online else []))
         for records in reader:
             # One optimiser step: the loss is a mean over the global batch, whatever its parts.
             for number, micro in enumerate(batches.micro_batches(records), start=1):
@@ -301,21 +320,3 @@ def _reader(plan: TrainPlan, phase: Phase, steps: range, world: World) -> Reader
         views=functools.partial(mirrored_views, config),
         **read_options(config, plan.device),
     )
-
-
-def _online(
-    plan: TrainPlan, phase: Phase, steps: range, world: World, stack: contextlib.ExitStack
-) -> OnlineTeachers | None:
-    """The teachers that run inside the step, ready for `steps`."""
-    if not (phase.uses_features and plan.inputs.online):
-        return None
-    from repa_pipeline.stages.online import OnlineTeachers
-
-    config = plan.config
-    views = functools.partial(mirrored_views, config) if config.flip else None
-    local = rank_slice(config.batch_size, world.rank, world.size)
-    teachers = OnlineTeachers(
-        config, plan.inputs, plan.order, steps=steps, local=local, device=plan.device,
-        dtype=plan.dtype, compile=plan.compile, views=views,
-    )  # fmt: skip
-    return stack.enter_context(teachers)

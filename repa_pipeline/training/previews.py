@@ -201,7 +201,7 @@ class Previews:
         return self._command(command)
 
     def _evaluate_command(self, job: _Job) -> list[str]:
-        """Scores by the network and reference that the workspace's settings name."""
+        """Scores by the network and reference that the settings file names."""
         command = ["evaluate", "--samples", str(job.output), "--source", self._config.source]
         command += ["--preset", self._config.preset]
         for plugin in self._config.plugins:
@@ -212,6 +212,9 @@ class Previews:
         config = self._config
         shared = ["--workspace", config.workspace, "--device", config.device]
         shared += ["--threads", "1", "--executor", "local"]
+        # On another machine than the driver's it may not be there.
+        if config.settings_file and Path(config.settings_file).is_file():
+            shared += ["--config", config.settings_file]
         return [sys.executable, "-m", "repa_pipeline", *arguments, *shared]
 
 

@@ -84,6 +84,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         yield tmp_path
 
 
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
+    monkeypatch.setattr(previews.subprocess, "Popen", Held)
+    monkeypatch.setattr(Held, "started", [])
+    return Held.started
+
+
 def settings(workspace: Path, **changes: Any) -> TrainConfig:
     given: dict[str, Any] = {"plugins": ("preview_parts",), "steps": 5, "checkpoint_every": 100}
     return toy_train_config(workspace, **{**given, "keep": 1, **changes})
@@ -110,6 +117,30 @@ def test_previews_show_the_ema_of_their_step(workspace: Path) -> None:
         with Image.open(event["path"]) as picture:
             assert picture.size == (68, 3 * 66 + 2)  # three classes, one image of each
         assert Path(event["path"]).parent.name.startswith(name)
+
+
+def test_the_settings_file_of_the_run_is_read(
+    workspace: Path, held: list[Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Held, "poll", lambda self: 1)
+    monkeypatch.setattr(Held, "wait", lambda self: 1)
+    other = workspace / "other.toml"
+    other.write_text(
+        f'workspace = "{workspace}"\n[train]\nbatch_size = 8\npreview_every = 1\n'
+        "[models.'SiT-XS/2']\ndepth = 3\nwidth = 64\nnum_heads = 2\n"
+    )
+    arguments = ["--config", "other.toml", "--model", "SiT-XS/2", "--steps", "1"]
+    for name in ("given", "named"):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", name, "--device", "cpu", *arguments])
+        assert ended.value.code == 0
+        assert flag(held[-1].command, "config") == "other.toml"
+        arguments = arguments[2:]
+        monkeypatch.setenv("REPA_CONFIG", "other.toml")
+    config = toy_train_config(workspace, settings_file="gone.toml", preview_every=1)
+    shown = Previews(config, workspace, RunLog([]))
+    shown.start(1, save_checkpoint(workspace / "checkpoints", 1, {}))
+    assert "--config" not in held[-1].command
 
 
 def test_what_fails_is_one_event(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,13 +226,6 @@ def test_scores_are_those_of_the_samples(workspace: Path, monkeypatch: pytest.Mo
 
 
 # In turn, with processes that take as long as the test says.
-
-
-@pytest.fixture
-def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
-    monkeypatch.setattr(previews.subprocess, "Popen", Held)
-    monkeypatch.setattr(Held, "started", [])
-    return Held.started
 
 
 def new_previews(folder: Path, from_step: int = 0, **changes: Any) -> Previews:
