@@ -19,9 +19,10 @@ from typing import IO, Any
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.objects import LocalStore, get_json
+from repa_pipeline.exits import TERMINATED
 from repa_pipeline.observe import RunLog
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
-from repa_pipeline.training.world import TERMINATED, never
+from repa_pipeline.training.world import never
 
 PREVIEW, EVALUATION = "preview", "evaluation"
 MAX_WAITING = 4  # of each kind

@@ -25,9 +25,6 @@ from repa_pipeline.errors import ConfigError
 
 T = TypeVar("T")
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
-# Exit codes of a process that SIGTERM ended: one that listened, and one that did not.
-TERMINATED = (EXIT_TERMINATED, -signal.SIGTERM)
 _TIMEOUT = timedelta(minutes=30)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from repa_pipeline.testing.faults import FaultProxy
 from repa_pipeline.testing.swift import SwiftServer
 
 REPO = Path(__file__).resolve().parents[2]
@@ -37,6 +38,14 @@ def bucket(s3: SwiftServer, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"test-{next(_numbers)}"
     s3.create_bucket(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def proxy(s3: SwiftServer, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """In front of the server, for stores that are opened from now on."""
+    with FaultProxy(s3.endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        yield running
 
 
 @pytest.fixture(scope="session")

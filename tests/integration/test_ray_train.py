@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,26 @@ from repa_pipeline.cli import main
 from repa_pipeline.cluster import train as driver
 from repa_pipeline.commands import run_training
 from repa_pipeline.config_train import TrainConfig
-from repa_pipeline.observe import Silent, read_events
+from repa_pipeline.observe import Silent
 from repa_pipeline.stages.train import plan_training, train
-from repa_pipeline.testing.caches import isolated_tables, toy_train_config, write_toy_cache
-from repa_pipeline.testing.ranks import Slowed
+from repa_pipeline.testing.caches import (
+    TOY_PROJECT,
+    isolated_tables,
+    toy_train_config,
+    write_toy_cache,
+)
+from repa_pipeline.testing.ranks import (
+    Slowed,
+    assert_same_curve,
+    curve,
+    train_arguments,
+    wait_for,
+)
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps, load_checkpoint
 
 pytestmark = pytest.mark.slow
 
 STEPS = 60
-SCALARS = ("loss", "denoising", "alignment", "grad_norm")
 TIMEOUT_S = 150
 NODE = {"num_cpus": 3, "object_store_memory": 80 * 2**20}  # larger than the head: a rank each
 MARK = "REPA_TEST_OF_TRAINING"
@@ -38,22 +47,6 @@ def settings(workspace: Path, name: str, **changes: Any) -> TrainConfig:
     given = {"steps": STEPS, "log_every": 1, "checkpoint_every": 7, "keep": 100}
     given["tensorboard"] = False
     return toy_train_config(workspace, name=name, **{**given, "worker_cpus": 1.0, **changes})
-
-
-def curve(workspace: Path, name: str) -> list[dict[str, float]]:
-    events = read_events(workspace / "runs" / name / "events.jsonl")
-    return [
-        {key: value for key, value in event.items() if key == "step" or key in SCALARS}
-        for event in events
-        if event["event"] == "scalars"
-    ]
-
-
-def assert_same_curve(got: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    """To rounding: an order of rows that differs anywhere would show at once."""
-    assert len(got) == len(expected) == STEPS
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def steps_saved(workspace: Path, name: str) -> list[int]:
@@ -80,14 +73,6 @@ def node_of(cluster: Any, pid: int) -> Any:
         if parent in {info.process.pid for info in node.all_processes["raylet"]}
     ]
     return found
-
-
-def wait_for(done: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not done():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.05)
-    return done()
 
 
 class Starts(Silent):
@@ -294,16 +279,9 @@ def test_an_error_of_a_rank_is_one_line(
 
 def command(workspace: Path, name: str, *more: str) -> list[str]:
     """The arguments of `repa` for a run that `settings` describes."""
-    (workspace / "repa.toml").write_text(
-        "[models.'SiT-XS/2']\ndepth = 3\nwidth = 64\nnum_heads = 2\n"
-    )
-    config = settings(workspace, name)
-    flags = [f"--{key.replace('_', '-')}={getattr(config, key)}" for key in (
-        "workspace", "device", "threads", "model", "steps", "batch_size", "learning_rate",
-        "ema_decay", "projector_width", "log_every", "checkpoint_every", "worker_cpus",
-    )]  # fmt: skip
-    flags += ["--config", str(workspace / "repa.toml"), "--workers", "2"]
-    return ["train", name, *flags, *more]
+    (workspace / "repa.toml").write_text(TOY_PROJECT)
+    arguments = train_arguments(settings(workspace, name), "worker_cpus")
+    return [*arguments, "--config", str(workspace / "repa.toml"), "--workers", "2", *more]
 
 
 def test_sigterm_saves_and_nothing_is_left_running(
@@ -318,8 +296,7 @@ def test_sigterm_saves_and_nothing_is_left_running(
         stderr=subprocess.PIPE,
         text=True,
     )
-    events = workspace / "runs" / "ended" / "events.jsonl"
-    wait_for(lambda: events.exists() and len(curve(workspace, "ended")) > 3 or process.poll())
+    wait_for(lambda: len(curve(workspace, "ended")) > 3 or process.poll())
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 143, errors

@@ -18,11 +18,12 @@ from repa_pipeline.cluster.mark import marked
 from repa_pipeline.cluster.placement import Ask, Wish, count_places, describe, settle_ask
 from repa_pipeline.cluster.scheduler import Policy
 from repa_pipeline.cluster.select import choose_executor
-from repa_pipeline.cluster.session import EXIT_TERMINATED, unwinding_on_sigterm
+from repa_pipeline.cluster.session import unwinding_on_sigterm
 from repa_pipeline.config import IndexConfig
 from repa_pipeline.engine.contracts import Commits, Shard, SimpleWork
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import ConfigError, StageError
+from repa_pipeline.exits import EXIT_TERMINATED
 
 CPU8, CPU64 = {"CPU": 8.0}, {"CPU": 64.0, "memory": 1e9}
 GPU8 = {"CPU": 32.0, "GPU": 8.0}
