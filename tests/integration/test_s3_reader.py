@@ -104,7 +104,7 @@ def test_bad_days(bucket: str, proxy: FaultProxy) -> None:
     arrays = arrays_at(bucket)
     proxy.exchanges.clear()
     faults = [slow_down(), server_error(), truncate(), reset(), delay(0.05), throttle(10**6)]
-    proxy.script = Chance(0, 0.7, faults)
+    proxy.script = Chance(1, 0.7, faults)
     read(arrays)
     assert len(proxy.faults()) == len(faults) and len(proxy.exchanges) > GETS
 
