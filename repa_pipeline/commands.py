@@ -25,6 +25,7 @@ from repa_pipeline.engine.contracts import Output
 from repa_pipeline.engine.ledger import Ledger, standing
 from repa_pipeline.engine.run import Progress, StageResult
 from repa_pipeline.errors import ConfigError, UnknownNameError
+from repa_pipeline.exits import EXIT_TERMINATED
 from repa_pipeline.observe import progress_for_stream
 from repa_pipeline.resolve import Project, resolve
 from repa_pipeline.text import count, size
@@ -109,7 +110,7 @@ def run_training(
     """
     from repa_pipeline.stages.train import plan_training
     from repa_pipeline.stages.train import train as run_rank
-    from repa_pipeline.training.world import EXIT_TERMINATED, never, world_of_environment
+    from repa_pipeline.training.world import never, world_of_environment
 
     world = world_of_environment()
     tell = say if world.is_main else _say_nothing

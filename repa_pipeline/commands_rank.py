@@ -9,6 +9,7 @@ import signal
 import sys
 
 from repa_pipeline.errors import RepaError
+from repa_pipeline.exits import EXIT_TERMINATED
 
 _PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
@@ -18,8 +19,6 @@ def main(path: str, starter: int) -> int:
     # A starter that is killed takes its ranks along: they save and end.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    from repa_pipeline.training.world import EXIT_TERMINATED
-
     if os.getppid() != starter:  # it ended before this one could ask to be told
         return EXIT_TERMINATED
     from repa_pipeline.commands import run_training

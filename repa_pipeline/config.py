@@ -60,6 +60,9 @@ class CommonConfig:
     overrides: dict[str, dict[str, Any]] = setting(
         {}, "Changed table entries, from [encoders.NAME] and the like.", hidden=True
     )
+    settings_file: str | None = setting(
+        None, "The repa.toml that was read, for commands that this one starts.", hidden=True
+    )
     dry_run: bool = setting(False, "Show the plan, the bytes and what is already done; do nothing.")
 
 

@@ -12,8 +12,8 @@ from repa_pipeline.report_training import run_name
 # Where a run lies, how it is watched, and what is said by other rows already.
 _HOUSEKEEPING = (
     *("name", "workspace", "runs_dir", "source", "checkpoints", "address", "executor", "plugins"),
-    *("overrides", "preset", "dry_run", "resume", "tensorboard", "wandb", "peak_tflops"),
-    *("local_copy", "scratch", "encoder", "autoencoder", "method", "preview_every"),
+    *("overrides", "settings_file", "preset", "dry_run", "resume", "tensorboard", "wandb"),
+    *("peak_tflops", "local_copy", "scratch", "encoder", "autoencoder", "method", "preview_every"),
     *("preview_count", "evaluate_every", "evaluate_count", "keep", "keep_every"),
 )
 _DIGEST = 64

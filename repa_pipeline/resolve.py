@@ -107,6 +107,7 @@ def resolve(
         origins.setdefault(field.name, "default")
     values["preset"] = preset
     values["overrides"] = _overrides(project)
+    values["settings_file"] = str(project.path) if project.path else None
     return Resolved(cls(**values), origins)
 
 
@@ -187,18 +188,22 @@ def _preset_name(values: Mapping[str, Any]) -> str:
 
 
 def _check_project(path: Path, content: Mapping[str, Any]) -> None:
-    names = {f.name for cls in COMMANDS.values() for f in dataclasses.fields(cls)} - {"overrides"}
+    names = {name for cls in COMMANDS.values() for name in _settable(cls)}
     for key, value in content.items():
         if isinstance(value, dict):
             if key in _ENTRY_TABLES:
                 _check_entries(path, key, value)
                 continue
             _known(path, key, set(COMMANDS) | set(_ENTRY_TABLES), "section")
-            own = {field.name for field in dataclasses.fields(COMMANDS[key])} - {"overrides"}
             for inner in value:
+                own = _settable(COMMANDS[key])
                 _known(path, inner.replace("-", "_"), own, f"setting in [{key}]")
         else:
             _known(path, key.replace("-", "_"), names, "setting")
+
+
+def _settable(cls: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls) if not field.metadata["hidden"]}
 
 
 def _check_entries(path: Path, table: str, entries: Mapping[str, Any]) -> None:

@@ -13,6 +13,9 @@ from repa_pipeline.engine.contracts import Executor
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import ConfigError
 
+# Made by the drivers of NVIDIA, of AMD, and of Windows' Linux.
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
 
 def choose_executor(config: ClusterConfig, written: str | None = None) -> Executor:
     """This process, or Ray; `written` is where shards go, the workspace without it.
@@ -22,8 +25,11 @@ def choose_executor(config: ClusterConfig, written: str | None = None) -> Execut
     that cannot be used.
     """
     address = config.address or os.environ.get("RAY_ADDRESS") or None
-    wants_ray = bool(address) or _num_devices(config.device) > 1
-    if config.executor == "local" or (config.executor == "auto" and not wants_ray):
+    if config.executor == "auto":
+        wants_ray = bool(address) or _num_devices(config.device) > 1
+    else:
+        wants_ray = config.executor == "ray"
+    if not wants_ray:
         return LocalExecutor(config.retries)
     shared = _shared(written or config.workspace)
     return RayExecutor(_wish(config), _policy(config), address, config.plugins, shared)
@@ -77,8 +83,9 @@ def _shared(url: str) -> str | None:
 
 def _num_devices(device: str) -> int:
     """CUDA devices that `device` may use on this machine."""
-    if device not in ("auto", "cuda"):
+    has_driver = any(os.path.exists(path) for path in _DRIVERS)
+    if device not in ("auto", "cuda") or not has_driver:
         return 1
-    import torch
+    import torch  # seconds, for commands that need nothing else of it
 
     return int(torch.cuda.device_count())

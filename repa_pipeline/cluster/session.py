@@ -15,12 +15,12 @@ from typing import Any
 
 from repa_pipeline.device import cpu_count
 from repa_pipeline.errors import ConfigError, StageError
+from repa_pipeline.exits import EXIT_TERMINATED
 
 # Only settings, shards and commits pass through the object store: Ray's smallest will do.
 OBJECT_STORE_BYTES = 80 * 2**20
 NOT_HOSTS = (None, "", "auto", "local")
 ANSWER_S = 10.0
-EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def check_address(address: str | None) -> None:

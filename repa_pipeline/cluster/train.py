@@ -25,15 +25,11 @@ from repa_pipeline.cluster.board import Teller
 from repa_pipeline.cluster.carry import collect
 from repa_pipeline.cluster.mark import marked
 from repa_pipeline.cluster.placement import Ask, Node, Wish, count_places, describe, settle_ask
-from repa_pipeline.cluster.session import (
-    EXIT_TERMINATED,
-    check_address,
-    ray_session,
-    unwinding_on_sigterm,
-)
+from repa_pipeline.cluster.session import check_address, ray_session, unwinding_on_sigterm
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import StageError
+from repa_pipeline.exits import EXIT_TERMINATED
 from repa_pipeline.stages.train import plan_training
 from repa_pipeline.training.runs import runs_folder
 

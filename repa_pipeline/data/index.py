@@ -184,6 +184,9 @@ def open_index(store: ObjectStore) -> Index:
 def read_labels(store: ObjectStore) -> npt.NDArray[np.int64]:
     """int64 [num_rows]: the class of every row."""
     index = read_index(store)
-    parts = [batch["label"].to_numpy() for batch in index.batches(["label"])]
-    labels: npt.NDArray[np.int64] = np.concatenate(parts).astype(np.int64)
+    # pyarrow's own to_numpy would import pandas, for which every rank would wait.
+    chunks = (chunk for batch in index.batches(["label"]) for chunk in batch["label"].chunks)
+    labels: npt.NDArray[np.int64] = np.concatenate([np.from_dlpack(c) for c in chunks]).astype(
+        np.int64
+    )
     return labels

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.config import EMBEDDED, EncodeConfig
+from repa_pipeline.config import EMBEDDED, CommonConfig, EncodeConfig
 from repa_pipeline.config_exchange import ExportConfig, InspectConfig
 from repa_pipeline.data.array import SealedArray
 from repa_pipeline.data.codec import codec_of
@@ -87,24 +87,33 @@ def patch_tokens(manifest: Mapping[str, Any], tokens: Tensor) -> Tensor:
     return tokens[:, 1:] if manifest.get("class_token") else tokens
 
 
-def image_config(
-    config: InspectConfig | ExportConfig, index: Index, manifest: Mapping[str, Any]
-) -> EncodeConfig:
-    """How the images of an array were read and prepared, for `load_images`.
+def source_of(config: CommonConfig, index: Index) -> str:
+    """Where the images of an index lie: where it was made of, or a --source of one's own (moved
+    images)."""
+    indexed: str = index.manifest["source"]
+    return indexed if config.source == EMBEDDED else config.source
 
-    The index knows its source; a --source of one's own (moved images) comes first, and is said,
-    as it may stand in repa.toml for another workspace.
-    """
-    prepare, indexed = manifest["prepare"], index.manifest["source"]
-    source = indexed if config.source == EMBEDDED else config.source
+
+def told_source(config: CommonConfig, index: Index) -> str:
+    """`source_of`; another one than the index's is said, as it may stand in repa.toml for another
+    workspace."""
+    source, indexed = source_of(config, index), index.manifest["source"]
     if source != indexed:
         _log.warning(
             "images are read from %s, the index was made of %s (--source says where they lie)",
             source,
             indexed,
         )
+    return source
+
+
+def image_config(
+    config: InspectConfig | ExportConfig, index: Index, manifest: Mapping[str, Any]
+) -> EncodeConfig:
+    """How the images of an array were read and prepared, for `load_images`."""
+    prepare = manifest["prepare"]
     return EncodeConfig(
-        source=source,
+        source=told_source(config, index),
         workspace=config.workspace,
         resolution=manifest["resolution"],
         exif=prepare["exif"],

@@ -15,6 +15,23 @@ _SETTINGS = (
     *("align_coeff", "align_depth", "align_objective", "projector", "qk_norm", "flip"),
 )
 
+_USE = """\
+## Use
+
+With repa-pipeline and this folder:
+
+    repa import FOLDER --name NAME
+    repa sample --run NAME --cfg 1.8 --interval 0,0.7
+
+or in Python, as a torch module in eval mode:
+
+    from repa_pipeline.stages.import_run import load_exported
+    model = load_exported("FOLDER")    # model(x, t, y)
+
+config.json holds everything that builds it; names of tensors are those of the published \
+code of the model's family.
+"""
+
 
 def model_card(
     *,
@@ -28,21 +45,12 @@ def model_card(
     run_folder: Path,
 ) -> str:
     """Markdown with YAML front matter; scores are those of samples of this very checkpoint."""
-    spec, inputs, latents = about["model_spec"], about["inputs"], about["latents"]
-    config = about["config"]
-    teachers = [feature["name"] for feature in inputs["features"]]
-    tags = ["diffusion", "image-generation", spec["name"].split("-")[0].lower()]
+    model, autoencoder = about["model_spec"]["name"], about["latents"]["autoencoder"]
+    config, teachers = about["config"], _teachers(about)
+    tags = ["diffusion", "image-generation", model.split("-")[0].lower()]
     tags += ["repa", *teachers] if teachers else []
-    rows = latents.get("num_rows")
     facts = {
-        "model": f"{spec['name']}, {num_parameters / 1e6:.1f} M parameters, "
-        f"{spec['depth']} blocks of width {spec['width']}",
-        "images": f"{inputs['resolution']} x {inputs['resolution']}, {inputs['num_classes']} "
-        f"classes (label {inputs['num_classes']}: none)",
-        "latents": f"{inputs['latent_channels']} x {inputs['latent_size']} x "
-        f"{inputs['latent_size']} of {latents['autoencoder']}",
-        "data": str(config["source"]) + (f", {rows:,} images" if rows else ""),
-        "aligned with": ", ".join(teachers) or "no teacher",
+        **_facts(about, num_parameters),
         "steps": f"{step:,} of {config['batch_size']} images",
         "weights": "exponential moving average (model.safetensors"
         + (", projectors.safetensors)" if has_projectors else ")"),
@@ -54,7 +62,7 @@ def model_card(
         *_front_matter(license, tags),
         f"# {name}",
         "",
-        f"A {spec['name']} trained on the latents of {latents['autoencoder']}"
+        f"A {model} trained on the latents of {autoencoder}"
         + (f", aligned with {', '.join(teachers)} (REPA, arXiv 2410.06940)." if teachers else "."),
         "",
         *_table(("", ""), facts),
@@ -65,23 +73,29 @@ def model_card(
         "",
         *(_scores(run_folder, digest) or ["Not evaluated."]),
         "",
-        "## Use",
-        "",
-        "With repa-pipeline and this folder:",
-        "",
-        "    repa import FOLDER --name NAME",
-        "    repa sample --run NAME --cfg 1.8 --interval 0,0.7",
-        "",
-        "or in Python, as a torch module in eval mode:",
-        "",
-        "    from repa_pipeline.stages.import_run import load_exported",
-        '    model = load_exported("FOLDER")    # model(x, t, y)',
-        "",
-        "config.json holds everything that builds it; names of tensors are those of the published "
-        "code of the model's family.",
-        "",
+        _USE,
     ]
     return "\n".join(parts)
+
+
+def _teachers(about: Mapping[str, Any]) -> list[str]:
+    return [feature["name"] for feature in about["inputs"]["features"]]
+
+
+def _facts(about: Mapping[str, Any], num_parameters: int) -> dict[str, str]:
+    """What it is and what it was made of."""
+    spec, inputs, latents = about["model_spec"], about["inputs"], about["latents"]
+    rows = latents.get("num_rows")
+    return {
+        "model": f"{spec['name']}, {num_parameters / 1e6:.1f} M parameters, "
+        f"{spec['depth']} blocks of width {spec['width']}",
+        "images": f"{inputs['resolution']} x {inputs['resolution']}, {inputs['num_classes']} "
+        f"classes (label {inputs['num_classes']}: none)",
+        "latents": f"{inputs['latent_channels']} x {inputs['latent_size']} x "
+        f"{inputs['latent_size']} of {latents['autoencoder']}",
+        "data": str(about["config"]["source"]) + (f", {rows:,} images" if rows else ""),
+        "aligned with": ", ".join(_teachers(about)) or "no teacher",
+    }
 
 
 def _front_matter(license: str | None, tags: list[str]) -> list[str]:

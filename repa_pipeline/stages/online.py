@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -37,8 +38,9 @@ _HELD_SHARDS = 256
 class OnlineTeachers:
     """Tokens of all online teachers for step after step; a context manager.
 
-    A thread reads and decodes the images of the next steps meanwhile. Raises what `load_encoder`
-    raises, and, at the step that needs it, DataError for an image that is not the indexed one.
+    A thread reads and decodes the images of the next steps meanwhile; `wait_s` sums the time that
+    steps waited for it. Raises what `load_encoder` raises, and, at the step that needs it,
+    DataError for an image that is not the indexed one.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class OnlineTeachers:
         local: slice,
         device: str,
         dtype: str,
+        compile: bool = False,
         views: Views | None = None,
     ):
+        self.wait_s = 0.0
         resolution = inputs.latents.spec.manifest["resolution"]
         self._encoders: list[Encoder] = [
-            load_encoder(t.spec, resolution=resolution, device=device, dtype=dtype)
+            load_encoder(t.spec, resolution=resolution, device=device, dtype=dtype, compile=compile)
             for t in inputs.online
         ]
         self._config = image_config(config, inputs)
@@ -89,14 +93,17 @@ class OnlineTeachers:
 
         Asked for every step in turn.
         """
+        began = time.perf_counter()
         found = self._queue.get()
+        self.wait_s += time.perf_counter() - began
         if isinstance(found, BaseException):
             raise found
-        pixels = self._upload([found])[0].permute(0, 3, 1, 2)
-        return tuple(self._tokens(encoder, pixels) for encoder in self._encoders)
+        return self.tokens(self._upload([found])[0].permute(0, 3, 1, 2))
 
-    def _tokens(self, encoder: Encoder, pixels: Tensor) -> Tensor:
-        return torch.cat([encoder.tokens(part) for part in torch.split(pixels, self._most)])
+    def tokens(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Each teacher's patch tokens of uint8 [b, 3, R, R] on the device."""
+        parts = torch.split(pixels, self._most)
+        return tuple(torch.cat([e.tokens(part) for part in parts]) for e in self._encoders)
 
     def _produce(self) -> None:
         for step in self._steps:

@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from repa_pipeline.config import EMBEDDED, EncodeConfig, FeaturesConfig, LatentsConfig
+from repa_pipeline.config import EncodeConfig, FeaturesConfig, LatentsConfig
 from repa_pipeline.config_care import RepairConfig
 from repa_pipeline.data.array import ArraySpec, first_difference
 from repa_pipeline.data.index import Index
 from repa_pipeline.data.names import parse_name
 from repa_pipeline.errors import MismatchError
+from repa_pipeline.stages.cached_rows import source_of
 from repa_pipeline.stages.features import features_products
 from repa_pipeline.stages.images import Product
 from repa_pipeline.stages.latents import latents_product
@@ -23,7 +24,7 @@ _FLOAT_NAMES = {"fp16": "float16", "fp32": "float32"}
 def recipe_of(spec: ArraySpec, config: RepairConfig, index: Index) -> EncodeConfig:
     """The settings of the command that made `spec`; machine and places are those of `config`.
 
-    The source is the index's own, unless the settings name another place of it. Raises
+    The source is as `source_of` says. Raises
     MismatchError when the manifest does not say how the array is encoded.
     """
     manifest = spec.manifest
@@ -35,7 +36,7 @@ def recipe_of(spec: ArraySpec, config: RepairConfig, index: Index) -> EncodeConf
     try:
         settings = {
             **_common(manifest, index),
-            "source": index.manifest["source"] if config.source == EMBEDDED else config.source,
+            "source": source_of(config, index),
             "flip": manifest.get("view") == "mirrored",
             "format": spec.layout.container,
         }

@@ -21,6 +21,7 @@ from repa_pipeline.engine.ledger import Ledger
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import ConfigError, DamagedError, RepaError
 from repa_pipeline.stages.array_stage import commit_of, seal_entry
+from repa_pipeline.stages.cached_rows import told_source
 from repa_pipeline.stages.heal import add_partners, jobs_of, run_job
 from repa_pipeline.stages.survey import (
     Standing,
@@ -184,6 +185,8 @@ def _heal(
     if survey.index is None:
         return [], [DamagedError(survey.damage[0].what)]
     jobs, errors = jobs_of(config, survey.index, damaged)
+    if jobs:
+        told_source(config, survey.index)
     if config.weights and len(jobs) > 1:
         raise ConfigError(
             f"--weights names one file, {len(jobs)} networks are needed: repair array by array "

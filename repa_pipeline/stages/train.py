@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,16 +20,16 @@ from repa_pipeline.data.order import Order, rank_slice
 from repa_pipeline.data.reader import Reader
 from repa_pipeline.device import prepare_compute
 from repa_pipeline.engine.run import Progress
-from repa_pipeline.errors import ConfigError, MismatchError, RepaError, StageError
+from repa_pipeline.errors import ConfigError, MismatchError, StageError
 from repa_pipeline.methods import MethodSpec, auto_method, token_needs
 from repa_pipeline.methods.base import Method, Phase
 from repa_pipeline.models import ModelSpec
 from repa_pipeline.registry import method_spec, model_spec
-from repa_pipeline.stages.flops import latent_training_flops
-from repa_pipeline.training.batches import BatchMaker, Online, mirrored_views
-from repa_pipeline.training.checkpointer import Checkpointer, load_newest
+from repa_pipeline.stages.flops import countable_training_flops
+from repa_pipeline.training.batches import BatchMaker, mirrored_views
 from repa_pipeline.training.diagnosis import explain
 from repa_pipeline.training.inputs import CacheInputs, open_inputs, read_options
+from repa_pipeline.training.mirror import load_newest
 from repa_pipeline.training.outputs import Outputs
 from repa_pipeline.training.parallel import gradients_shared, prepare_blocks, shared_loss
 from repa_pipeline.training.runs import LOCK_PATIENCE_S, Run, default_name, locked, open_run
@@ -50,6 +50,9 @@ from repa_pipeline.training.world import (
     rank_device,
     world_of_environment,
 )
+
+if TYPE_CHECKING:
+    from repa_pipeline.stages.online import OnlineTeachers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,27 +86,38 @@ class TrainPlan:
 
     def outputs(self, run: Run, world: World, progress: Progress) -> Outputs:
         """What the run will tell and save."""
-        inputs = self.inputs
+        inputs, described = self.inputs, self.inputs.describe()
         about = describe_run(
-            self.method_spec.loader, self.config, self.model, inputs.describe(),
+            self.method_spec.loader, self.config, self.model, described,
             inputs.latents.spec.manifest,
         )  # fmt: skip
+        latents = described.latent_channels, described.latent_size
+        flops = countable_training_flops(self.model, *latents)
         about["class_names"] = inputs.manifest["class_names"]
         about["data"] = inputs.digests()
         return Outputs(
             self.config, run, world, progress, device=self.device,
-            flops_per_image=self._flops_per_image(), about=about,
+            flops_per_image=flops, about=about,
         )  # fmt: skip
 
-    def _flops_per_image(self) -> float | None:
-        """Of a training step; None for a plugin's model that cannot be counted."""
-        described = self.inputs.describe()
-        try:
-            return latent_training_flops(
-                self.model, described.latent_channels, described.latent_size
-            )
-        except RepaError:
+    def online(self, steps: range, world: World) -> OnlineTeachers | None:
+        """The teachers that run inside the step, to be entered for `steps`; None without any."""
+        if not self.inputs.online:
             return None
+        from repa_pipeline.stages.online import OnlineTeachers
+
+        config = self.config
+        return OnlineTeachers(
+            config,
+            self.inputs,
+            self.order,
+            steps=steps,
+            local=rank_slice(config.batch_size, world.rank, world.size),
+            device=self.device,
+            dtype=self.dtype,
+            compile=self.compile,
+            views=functools.partial(mirrored_views, config) if config.flip else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,13 +204,8 @@ def train(plan: TrainPlan, progress: Progress, notice: Callable[[], bool] = neve
         run = _open_run(plan, world, stack)
         state, faults = _restored(plan, run, world)
         first_step = state.step
-        if first_step >= config.steps:
-            if world.is_main:
-                with Checkpointer(run, config):  # sends what an earlier end left unsent
-                    pass
-            return TrainResult(run, first_step, 0, {})
         outputs = stack.enter_context(plan.outputs(run, world, progress))
-        outputs.begin(first_step, faults)
+        outputs.begin(first_step, faults)  # of a finished run: what an earlier end left undone
         prepare_blocks(config, state.model, plan.compile)
         phases = plan.method.phases()
         ends = [*(phase.start for phase in phases[1:]), config.steps]
@@ -205,8 +214,8 @@ def train(plan: TrainPlan, progress: Progress, notice: Callable[[], bool] = neve
             if state.step < min(end, config.steps) and not stopped:
                 steps = range(state.step, min(end, config.steps))
                 stopped = _train_phase(plan, phase, steps, state, world, outputs, stopping)
-        if stopped:
-            outputs.leave()
+        is_finished = outputs.finish(lambda: stopped or stopping.heard())
+        stopped = stopped or not is_finished
     return TrainResult(run, state.step, state.step - first_step, outputs.means, stopped)
 
 
@@ -228,10 +237,10 @@ def _train_phase(
     autocast = torch.autocast(plan.device.split(":")[0], torch.bfloat16, plan.dtype == "bf16")
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(_reader(plan, phase, steps, world))
-        online = _online(plan, phase, steps, world, stack)
+        online = plan.online(steps, world) if phase.uses_features else None
         batches = BatchMaker(config, plan.inputs, method, plan.device, world, online)
         loss_of = shared_loss(method, state.model, state.ema.module, world, batches.accumulates)
-        outputs.follow(reader)
+        outputs.follow(reader, *([stack.enter_context(online)] if online else []))
         for records in reader:
             # One optimiser step: the loss is a mean over the global batch, whatever its parts.
             for number, micro in enumerate(batches.micro_batches(records), start=1):
@@ -311,21 +320,3 @@ def _reader(plan: TrainPlan, phase: Phase, steps: range, world: World) -> Reader
         views=functools.partial(mirrored_views, config),
         **read_options(config, plan.device),
     )
-
-
-def _online(
-    plan: TrainPlan, phase: Phase, steps: range, world: World, stack: contextlib.ExitStack
-) -> Online | None:
-    """The teachers that run inside the step, ready for `steps`."""
-    if not (phase.uses_features and plan.inputs.online):
-        return None
-    from repa_pipeline.stages.online import OnlineTeachers
-
-    config = plan.config
-    views = functools.partial(mirrored_views, config) if config.flip else None
-    local = rank_slice(config.batch_size, world.rank, world.size)
-    teachers = OnlineTeachers(
-        config, plan.inputs, plan.order, steps=steps, local=local, device=plan.device,
-        dtype=plan.dtype, views=views,
-    )  # fmt: skip
-    return stack.enter_context(teachers)

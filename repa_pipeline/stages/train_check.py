@@ -6,6 +6,7 @@ training steps (forward and backward, without the optimiser) on a batch that was
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -16,13 +17,14 @@ from repa_pipeline.data.reader import Reader, Records
 from repa_pipeline.device import prepare_compute
 from repa_pipeline.stages.probe import Measured, measure
 from repa_pipeline.text import count, number, size
-from repa_pipeline.training.batches import BatchMaker, mirrored_views
+from repa_pipeline.training.batches import BatchMaker, Micro, mirrored_views
 from repa_pipeline.training.inputs import read_options
 from repa_pipeline.training.launch import num_ranks
 from repa_pipeline.training.parallel import prepare_blocks
 from repa_pipeline.training.world import World
 
 if TYPE_CHECKING:
+    from repa_pipeline.stages.online import OnlineTeachers
     from repa_pipeline.stages.train import TrainPlan
 
 READ_S = 3.0
@@ -115,15 +117,10 @@ def measure_training(plan: TrainPlan, records: Records, devices: int) -> Measure
     prepare_compute(config.threads, config.tf32)
     model = plan.method.build().to(device)
     prepare_blocks(config, model, plan.compile)
-    # A rank's part of the batch, in its micro-batches.
-    world = World(0, devices)
-    batches = BatchMaker(config, plan.inputs, plan.method, device, world)
-    own = dataclasses.replace(
-        records,
-        rows=records.rows[batches.local],
-        arrays=tuple(array[batches.local] for array in records.arrays),
-    )
-    micro = next(batches.micro_batches(own))
+    online = plan.online(range(records.step, records.step + 1), World(0, devices))
+    micro = _first_micro(plan, records, World(0, devices), online)
+    side = plan.inputs.latents.spec.manifest["resolution"]
+    pixels = torch.zeros(len(micro.t), 3, side, side, dtype=torch.uint8, device=device)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, plan.dtype == "bf16")
 
     def seconds(num_images: int) -> float:
@@ -136,6 +133,8 @@ def measure_training(plan: TrainPlan, records: Records, devices: int) -> Measure
             class_tokens=tuple(t if t is None else t[part] for t in micro.batch.class_tokens),
         )
         began = time.perf_counter()
+        if online:
+            online.tokens(pixels[part])
         with autocast:
             losses = plan.method.loss(
                 model, model, batch, micro.t[part], tuple(e[part] for e in micro.noise)
@@ -148,8 +147,23 @@ def measure_training(plan: TrainPlan, records: Records, devices: int) -> Measure
 
     is_slow = device == "cpu" and not plan.compile
     found = measure(seconds, len(micro.t), _TRAIN_BUDGET_S if is_slow else None)
-    what = f"forward and backward of {plan.model.name}, {plan.dtype} on {device}, {found.how}"
+    model_name = plan.model.name + (" with its teachers inside" if online else "")
+    what = f"forward and backward of {model_name}, {plan.dtype} on {device}, {found.how}"
     return Measured(found.rate, what)
+
+
+def _first_micro(
+    plan: TrainPlan, records: Records, world: World, online: OnlineTeachers | None
+) -> Micro:
+    """The first micro-batch of a rank's part of the batch `records`."""
+    with online or contextlib.nullcontext():
+        batches = BatchMaker(plan.config, plan.inputs, plan.method, plan.device, world, online)
+        own = dataclasses.replace(
+            records,
+            rows=records.rows[batches.local],
+            arrays=tuple(array[batches.local] for array in records.arrays),
+        )
+        return next(batches.micro_batches(own))
 
 
 def _image_bytes(plan: TrainPlan) -> int:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float16]
 TOY_TRUNK = {"depth": 3, "width": 64, "num_heads": 2}
+# The same as a repa.toml.
+TOY_PROJECT = "[models.'SiT-XS/2']\ndepth = 3\nwidth = 64\nnum_heads = 2\n"
 _PREPARE = {"exif": "upright", "max_pixels": 178_956_970}
 
 
@@ -131,10 +133,17 @@ def write_array(
     rows = {"rows_digest": read_manifest(store)["rows_digest"], "num_rows": len(records)}
     layout = RecordLayout(tuple(records.shape[1:]), str(records.dtype), shard_rows)
     spec = ArraySpec(name, len(records), layout, {**rows, **manifest})
+    write_shards(store, spec, records, seal=seal)
+
+
+def write_shards(
+    store: ObjectStore, spec: ArraySpec, records: npt.NDArray[np.generic], *, seal: bool = True
+) -> None:
+    """Writes records [N, ...] as the array `spec`."""
     begin_array(store, spec)
     shards = []
     for index in range(spec.num_shards):
-        part = records[index * shard_rows : (index + 1) * shard_rows]
+        part = records[index * spec.layout.shard_rows : (index + 1) * spec.layout.shard_rows]
         num_bytes, digest = write_shard(store, spec, index, part)
         shards.append({"index": index, "rows": len(part), "num_bytes": num_bytes, "digest": digest})
     if seal:

@@ -28,6 +28,12 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from repa_pipeline.data.retry import RetryPolicy
+
+# For stores behind the proxy: asked again at once.
+QUICK = RetryPolicy(
+    attempts=6, first_delay_seconds=0.01, longest_delay_seconds=0.05, silence_seconds=30.0
+)
 _PIECE_BYTES = 64 * 1024
 _PIECES_PER_SECOND = 20
 # A receive window of less than a few segments of the loopback interface (64 KiB) stalls: the sender

@@ -5,7 +5,11 @@ tokens = outlier_tokens(4, 256, 768, "severe")
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,8 +26,9 @@ def outlier_tokens(
     of it common to an image's tokens; LayerNorm with a gain and a bias a channel; then a few
     channels many times as large as the rest.
     """
-    generator = np.random.default_rng([seed, width])
-    basis = np.linalg.qr(generator.standard_normal((width, width)))[0]
+    basis, state = _basis(seed, width)
+    generator = np.random.default_rng()
+    generator.bit_generator.state = state
     spread = np.arange(1, width + 1) ** -0.5
     shape = (num_images, num_tokens, width)
     own = generator.standard_normal(shape)
@@ -35,3 +40,11 @@ def outlier_tokens(
     share, gain = OUTLIERS[outliers]
     tokens[..., generator.permutation(width)[: round(share * width)]] *= gain
     return torch.from_numpy(tokens.astype(np.float32))
+
+
+@functools.lru_cache(maxsize=16)
+def _basis(seed: int, width: int) -> tuple[npt.NDArray[np.float64], Any]:
+    """A random basis, seconds of work for a wide one, and the generator's state after it."""
+    generator = np.random.default_rng([seed, width])
+    basis = np.linalg.qr(generator.standard_normal((width, width)))[0]
+    return basis, generator.bit_generator.state

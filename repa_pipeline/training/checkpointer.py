@@ -8,7 +8,7 @@
 One thread writes, hashes and syncs the file and then its marker (checkpoint.py), so a checkpoint is
 there completely or not at all; another brings it to the mirror (mirror.py). A mirror that cannot
 be reached does not stop training: it is told, and tried again after the next checkpoint; at the
-end it is an error.
+end it is an error. One that another trainer has taken over ends the run at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from repa_pipeline.training.checkpoint import (
     prune,
     save_checkpoint,
 )
-from repa_pipeline.training.mirror import Mirror, load_newest, mirror_of
+from repa_pipeline.training.mirror import Mirror, TakenOverError, load_newest, mirror_of
 from repa_pipeline.training.runs import Run
 from repa_pipeline.training.snapshot import Snapshots
 
@@ -104,8 +104,7 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raises what a write that is over ended with, and logs what the mirror refused."""
-        if not self._writer.is_running:
-            self._writer.join()
+        self._writer.check()
         if self._sender is not None:
             self._sender.check()
             for step, reason in self._sender.take_faults():
@@ -152,22 +151,21 @@ class _Background:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    @property
-    def is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def start(self, call: Callable[[], None]) -> None:
         """Runs `call`; the call before must be over."""
-        self._error = None
         # A daemon: a user who interrupts twice is not kept waiting.
-        self._thread = threading.Thread(target=self._run, args=(call,), name=self._name)
-        self._thread.daemon = True
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(call,), name=self._name, daemon=True)
+        thread.start()
+        self._thread = thread  # now: another thread may join what it finds here
 
     def join(self) -> None:
         """Waits; raises the error of the call once."""
         if self._thread is not None:
             self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises the error of a call that is over, once; waits for nothing."""
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -203,8 +201,7 @@ class _Sender:
 
     def check(self) -> None:
         """Raises an error that is no fault of the store's."""
-        if not self._background.is_running:
-            self._background.join()
+        self._background.check()
 
     def join(self) -> None:
         """Waits until nothing is on its way."""
@@ -228,6 +225,8 @@ class _Sender:
             self._sync(None)
             if self._mirror.has(step):
                 return None
+        except TakenOverError:
+            raise
         except (RepaError, OSError) as error:
             reason = str(error)
         return (
@@ -244,21 +243,27 @@ class _Sender:
                     return
                 step, self._wanted = self._wanted[-1], []
             try:
-                self._sync(step)
-            except (RepaError, OSError) as error:
-                told = step or self._mirror.run.last_step()
-                with self._lock:
-                    self._faults.append((told, str(error)))
-                print(
-                    f"checkpoint {told:,} is not at the mirror: {error}; it is tried again with "
-                    "the next one",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self._try(step)
             except BaseException:
                 with self._lock:
                     self._is_sending = False
                 raise
+
+    def _try(self, step: int | None) -> None:
+        try:
+            self._sync(step)
+        except TakenOverError:
+            raise
+        except (RepaError, OSError) as error:
+            told = step or self._mirror.run.last_step()
+            with self._lock:
+                self._faults.append((told, str(error)))
+            print(
+                f"checkpoint {told:,} is not at the mirror: {error}; it is tried again with the "
+                "next one",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _sync(self, step: int | None) -> None:
         self._mirror.sync(self._config.keep, self._config.keep_every, step)

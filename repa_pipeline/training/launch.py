@@ -24,8 +24,8 @@ from pathlib import Path
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.device import cpu_count
 from repa_pipeline.errors import ConfigError, StageError
+from repa_pipeline.exits import EXIT_TERMINATED
 from repa_pipeline.settings import as_json, from_json
-from repa_pipeline.training.world import EXIT_TERMINATED
 
 _END_S = 20.0
 _POLL_S = 0.1
@@ -38,10 +38,11 @@ def num_ranks(config: TrainConfig) -> int:
 
     Raises ConfigError for more ranks than CUDA devices.
     """
-    import torch
+    devices = 0
+    if config.device in ("auto", "cuda"):
+        import torch
 
-    wants_cuda = config.device in ("auto", "cuda")
-    devices = torch.cuda.device_count() if wants_cuda else 0
+        devices = torch.cuda.device_count()
     if config.ranks > 1 and config.device.startswith("cuda") and config.ranks > devices:
         raise ConfigError(
             f"--ranks {config.ranks} on {config.device}: this machine has {devices} CUDA devices; "

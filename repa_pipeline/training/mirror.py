@@ -1,12 +1,16 @@
 """The second home of a run's checkpoints and log, from which another machine can go on.
 
 URL/NAME/run.json, URL/NAME/events.jsonl, URL/NAME/wandb.json
+URL/NAME/trainer.json       who trains the run, of the last one that began to write here
 URL/NAME/checkpoints/step-00000400.HASH.0000.part    the checkpoint file, in pieces
 URL/NAME/checkpoints/step-00000400.json              written last: size, sha256, pieces
 
 HASH is of the whole file, so an upload that was killed, or one of another file of the same step,
 never mixes with a complete one. Pieces are single PUTs: what a killed upload leaves are whole
 objects that no marker names; the next upload of the run takes or removes them.
+
+Of two trainers with one mirror the later one has it: the other stops at its next checkpoint. A lock
+could not tell a machine that was taken away from one that still trains.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
+import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -50,17 +56,33 @@ THREADS = 4
 _FOLDER = "checkpoints"
 # wandb.json: the id under which another machine goes on logging.
 _LOGS = ("run.json", "events.jsonl", "wandb.json")
+_CLAIM = "trainer.json"
 _MARKER = re.compile(r"step-(\d{8,})\.json")
 _PART = re.compile(r"step-(\d{8,})\.([0-9a-f]{16})\.\d{4}\.part")
 
 
+class TakenOverError(StageError):
+    """Another trainer writes to the mirror now."""
+
+
 @dataclasses.dataclass(frozen=True)
+class Claim:
+    """A trainer's word that it writes to a mirror; `id` is its own, the rest is for people."""
+
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+    host: str = dataclasses.field(default_factory=socket.gethostname)
+    process: int = dataclasses.field(default_factory=os.getpid)
+
+
+@dataclasses.dataclass
 class Mirror:
     """A run's folder, and the store that follows it."""
 
     run: Run
     store: ObjectStore
     part_bytes: int
+    claim: Claim = dataclasses.field(default_factory=Claim)
+    _is_claimed: bool = dataclasses.field(default=False, init=False)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints there, ascending."""
@@ -85,10 +107,12 @@ class Mirror:
         """Brings there what the policy keeps, the newest first, with the logs; then tidies.
 
         Checkpoints after `newest` do not count and are removed there, as in `prune`. Raises
-        MismatchError when another run stands there, StoreError or OSError when the store does not
-        take it: doing it again goes on.
+        MismatchError when another run stands there, TakenOverError when another trainer has
+        written there since the first `sync`, StoreError or OSError when the store does not take
+        it: doing it again goes on.
         """
         self.check()
+        self._hold()
         local = set(complete_steps(self.run.checkpoints))
         kept = _kept(local | set(self.steps()), keep, keep_every, newest)
         for step in sorted(local & kept, reverse=True):
@@ -98,6 +122,24 @@ class Mirror:
                 self._upload(step)
         self._put_logs()
         self._tidy(keep, keep_every, newest)
+
+    def _hold(self) -> None:
+        """Takes the mirror over, the first time; later raises TakenOverError when it is lost."""
+        if not self._is_claimed:
+            self.store.put(_CLAIM, json_bytes(dataclasses.asdict(self.claim)))
+            self._is_claimed = True
+            return
+        try:
+            there = get_json(self.store, _CLAIM)
+        except MissingError:
+            there = {}
+        if there.get("id") != self.claim.id:
+            raise TakenOverError(
+                f"run '{self.run.name}' is trained by another process too, which has "
+                f"{self.store.url} now (process {there.get('process', '?')} on "
+                f"{there.get('host', '?')}): let one of them train, or give this one another name; "
+                f"its checkpoints are in {self.run.checkpoints}"
+            )
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of `step` of this machine is complete there."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.reader import Reader
@@ -13,11 +13,18 @@ from repa_pipeline.engine.run import Progress
 from repa_pipeline.observe import RunLog, open_run_log, read_events
 from repa_pipeline.training.checkpoint import checkpoint_path
 from repa_pipeline.training.checkpointer import Checkpointer
-from repa_pipeline.training.previews import Previews
+from repa_pipeline.training.previews import Previews, left_undone
 from repa_pipeline.training.runs import Run, note_settings
 from repa_pipeline.training.speed import Speed, peak_flops
 from repa_pipeline.training.state import TrainState
 from repa_pipeline.training.world import World
+
+
+class Waited(Protocol):
+    """What training waits for, and for how long it has."""
+
+    @property
+    def wait_s(self) -> float: ...
 
 
 class Outputs:
@@ -52,7 +59,12 @@ class Outputs:
         if not self._world.is_main:
             return
         config, run = self._config, self._run
-        note_settings(run, config)
+        if step < config.steps:
+            note_settings(run, config)
+        elif not left_undone(config, step, run.checkpoints, _events(run)):
+            # A finished run is left alone; the mirror may lack what an earlier end left unsent.
+            self._stack.enter_context(Checkpointer(run, config))
+            return
         log = open_run_log(run.folder, config, step)
         self._stack.callback(log.close)
         for fault in faults:
@@ -61,7 +73,7 @@ class Outputs:
         previews = Previews(config, run.folder, log)
         saver = Checkpointer(run, config, lambda: previews.steps_in_use, log)
         self._stack.enter_context(saver)
-        previews.catch_up(step, run.checkpoints, read_events(run.folder / "events.jsonl"))
+        previews.catch_up(step, run.checkpoints, _events(run))
         self._main = log, saver, previews
         self._progress.start(f"train {run.name}", config.steps, step, "steps")
         self._stack.callback(self._progress.finish)
@@ -71,24 +83,23 @@ class Outputs:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with self._stack:
-            if self._main and error is None:
-                self._main[1].wait()
-                self._main[2].poll(wait=True)
-            elif self._main:
+            if self._main and error is not None:
                 self._main[2].stop()
 
-    def leave(self) -> None:
-        """Ends early: previews and scores that are not done are left to who goes on.
+    def finish(self, asked: Callable[[], bool]) -> bool:
+        """Waits until all is saved and shown; False when it was `asked` to end before that.
 
-        The last checkpoint comes first: when it is complete older ones go, but for those in use.
+        Previews and scores that are not done then are left to who goes on. The last checkpoint
+        comes first: when it is complete older ones go, but for those in use.
         """
-        if self._main:
-            self._main[1].wait()
-            self._main[2].stop()
+        if not self._main:
+            return True
+        self._main[1].wait()
+        return self._main[2].finish(asked)
 
-    def follow(self, reader: Reader) -> None:
-        """From now on `reader` is what is waited for."""
-        self._reader = reader
+    def follow(self, reader: Reader, *others: Waited) -> None:
+        """From now on `reader` is what is read, and it and `others` are waited for."""
+        self._reader, self._waited = reader, (reader, *others)
         self._logged_step = self._step
         self._speed.restart()
 
@@ -101,7 +112,8 @@ class Outputs:
     def log(self, step: int, means: dict[str, float]) -> None:
         """A log line: means over the interval, and how fast it went."""
         num_images = (step - self._logged_step) * self._config.batch_size
-        rates = self._speed.read(num_images, self._reader.wait_s, self._reader.num_bytes)
+        wait_s = sum(waited.wait_s for waited in self._waited)
+        rates = self._speed.read(num_images, wait_s, self._reader.num_bytes)
         self._logged_step, self.means = step, {**means, **rates}
         if self._main:
             log, saver, previews = self._main
@@ -121,3 +133,8 @@ class Outputs:
         log.flush()
         saver.save(state.step, {**changing, "reader": dict(reader), "about": self._about})
         previews.start(state.step, checkpoint_path(self._run.checkpoints, state.step))
+
+
+def _events(run: Run) -> list[dict[str, Any]]:
+    path = run.folder / "events.jsonl"
+    return read_events(path) if path.is_file() else []

@@ -12,20 +12,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.data.objects import LocalStore, get_json
+from repa_pipeline.exits import TERMINATED
 from repa_pipeline.observe import RunLog
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps
+from repa_pipeline.training.world import never
 
 PREVIEW, EVALUATION = "preview", "evaluation"
 MAX_WAITING = 4  # of each kind
 _SAMPLER_STEPS = 50
 _BATCH = 64
 _PICTURE = 100
+_POLL_S = 0.1
 
 
 @dataclasses.dataclass
@@ -62,7 +66,7 @@ class Previews:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self.poll(wait=True)
+            self.finish()
         else:
             self.stop()
 
@@ -84,10 +88,24 @@ class Previews:
             self._waiting.append(_Job(kind, step, checkpoint))
         self.poll()
 
-    def poll(self, wait: bool = False) -> None:
-        """Logs what is finished and starts what is next; with `wait` until nothing is left."""
-        while (job := self._job or self._next(wait)) is not None:
-            if job.process is not None and not wait and job.process.poll() is None:
+    def finish(self, asked: Callable[[], bool] = never) -> bool:
+        """Waits until nothing is left; False when it was `asked` to end before that.
+
+        What is not done then is dropped: a later `catch_up` makes it.
+        """
+        while not asked():
+            self.poll(is_last=True)
+            if self._job is None:
+                return True
+            time.sleep(_POLL_S)
+        is_idle = not self.steps_in_use
+        self.stop()
+        return is_idle
+
+    def poll(self, is_last: bool = False) -> None:
+        """Logs what is finished and starts what is next; is_last: no checkpoint comes any more."""
+        while (job := self._job or self._next(is_last)) is not None:
+            if job.process is not None and job.process.poll() is None:
                 return
             try:
                 self._advance(job)
@@ -102,11 +120,8 @@ class Previews:
 
         events: what the run has logged; checkpoints: its folder, read up to `last_step`.
         """
-        ended = {(event["step"], event["event"].removesuffix("_skipped")) for event in events}
-        for step in complete_steps(checkpoints):
-            kinds = kinds_due(self._config, step) if step <= last_step else []
-            path = checkpoint_path(checkpoints, step)
-            self._waiting += [_Job(k, step, path) for k in kinds if (step, k) not in ended]
+        undone = left_undone(self._config, last_step, checkpoints, events)
+        self._waiting += [_Job(k, step, checkpoint_path(checkpoints, step)) for k, step in undone]
         self.poll()
 
     def stop(self) -> None:
@@ -116,15 +131,15 @@ class Previews:
             self._job.process.wait()
         self._waiting, self._job = [], None
 
-    def _next(self, wait: bool) -> _Job | None:
-        """The first waiting job whose checkpoint is complete; with `wait` the others are over."""
+    def _next(self, is_last: bool) -> _Job | None:
+        """The first waiting job whose checkpoint is complete; with `is_last` others are over."""
         for job in list(self._waiting):
             if job.step in complete_steps(job.checkpoint.parent):
                 # In this order: the saver's thread asks meanwhile for the steps in use.
                 self._job = job
                 self._waiting.remove(job)
                 return job
-            if wait:
+            if is_last:
                 self._waiting.remove(job)
                 self._skip(job, f"there is no complete checkpoint {job.checkpoint.name}")
         return None
@@ -151,7 +166,10 @@ class Previews:
         job.errors.seek(0)
         said = job.errors.read().strip().splitlines()
         job.errors.close()
-        if code:
+        if code in TERMINATED:
+            # Batch systems signal every process of a job: no word of it, and `catch_up` makes it.
+            print(f"{job.kind} of step {job.step} was told to end", file=sys.stderr)
+        elif code:
             self._skip(job, said[-1] if said else f"exit code {code}, no message")
         else:
             self._report(job)
@@ -185,7 +203,7 @@ class Previews:
         return self._command(command)
 
     def _evaluate_command(self, job: _Job) -> list[str]:
-        """Scores by the network and reference that the workspace's settings name.
+        """Scores by the network and reference that the settings file names.
 
         A curve is drawn of few samples, which a score for its own sake would refuse.
         """
@@ -199,6 +217,9 @@ class Previews:
         config = self._config
         shared = ["--workspace", config.workspace, "--device", config.device]
         shared += ["--threads", "1", "--executor", "local"]
+        # On another machine than the driver's it may not be there.
+        if config.settings_file and Path(config.settings_file).is_file():
+            shared += ["--config", config.settings_file]
         return [sys.executable, "-m", "repa_pipeline", *arguments, *shared]
 
 
@@ -206,6 +227,16 @@ def kinds_due(config: TrainConfig, step: int) -> list[str]:
     """What is to be made of the checkpoint after `step`; where there is any, one must be saved."""
     rhythms = {PREVIEW: config.preview_every, EVALUATION: config.evaluate_every}
     return [kind for kind, every in rhythms.items() if every and step % every == 0]
+
+
+def left_undone(
+    config: TrainConfig, last_step: int, checkpoints: Path, events: Iterable[Mapping[str, Any]]
+) -> list[tuple[str, int]]:
+    """(kind, step) of what is due of complete checkpoints up to `last_step` and had no end yet."""
+    ended = {(event["step"], event["event"].removesuffix("_skipped")) for event in events}
+    steps = [step for step in complete_steps(checkpoints) if step <= last_step]
+    due = [(kind, step) for step in steps for kind in kinds_due(config, step)]
+    return [(kind, step) for kind, step in due if (step, kind) not in ended]
 
 
 def read_scores(path: Path) -> tuple[dict[str, float], dict[str, Any]]:

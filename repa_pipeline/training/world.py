@@ -25,7 +25,6 @@ from repa_pipeline.errors import ConfigError
 
 T = TypeVar("T")
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
 _TIMEOUT = timedelta(minutes=30)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -158,18 +157,23 @@ class Stopping:
         """As SIGTERM does."""
         self._came = True
 
-    def asked(self) -> bool:
-        """Whether to stop after this step."""
+    def heard(self) -> bool:
+        """Whether this rank was asked, whatever the others know."""
         if not self._came and self._notice():
             self.ask()
+        return self._came
+
+    def asked(self) -> bool:
+        """Whether to stop after this step."""
+        came = self.heard()
         if self._world.size == 1:
-            return self._came
+            return came
         agreed = False
         if self._pending is not None:
             work, told = self._pending
             work.wait()
             agreed = bool(told.item())
-        told = torch.tensor([self._came], dtype=torch.int32)
+        told = torch.tensor([came], dtype=torch.int32)
         self._pending = dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told
         return agreed
 

@@ -59,6 +59,7 @@ def test_a_new_machine_goes_on(bucket: str, s3: SwiftServer, tmp_path: Path) -> 
         *(f"ws/runs/r/checkpoints/step-{step:08d}.json" for step in (20, 30)),
         "ws/runs/r/events.jsonl",
         "ws/runs/r/run.json",
+        "ws/runs/r/trainer.json",
     ]
     sizes = [size for key, size in sorted(keys.items()) if "step-00000030." in key][:-1]
     assert len(sizes) == 5 and set(sizes[:4]) == {2**20}

@@ -110,8 +110,7 @@ def cache_files(folder: Path) -> dict[str, bytes]:
 def test_killed_commands_give_the_bytes_of_an_undisturbed_run(images: Path, tmp_path: Path) -> None:
     seeded = random.Random(7)
     calm = make_project(tmp_path / "calm", images)
-    for command in ("encode-latents", "cache-features"):
-        run(calm, command)
+    undisturbed = start(calm, "encode-latents")  # beside the others, on a core of its own
     killed = make_project(tmp_path / "killed", images)
     latents, features = "ledger/latents.tiny-kl.32", "ledger/features.tiny-teacher.32"
     first, second = sorted(seeded.sample(range(1, NUM_SHARDS // 2), 2))
@@ -119,11 +118,14 @@ def test_killed_commands_give_the_bytes_of_an_undisturbed_run(images: Path, tmp_
     assert not (killed / "work/cache/manifest.json").exists()
     kill_after(killed, "encode-latents", latents, second, seeded.random() * 0.02)
     assert not (killed / "work/cache/latents.tiny-kl.32/seal.json").exists()
+    assert undisturbed.wait(TIMEOUT_S) == 0, (calm / "output.txt").read_text()
+    undisturbed = start(calm, "cache-features")
     run(killed, "encode-latents")
     for count in (first, second):
         kill_after(killed, "cache-features", features, count, seeded.random() * 0.02)
         assert not (killed / "work/cache/features.tiny-teacher.32/seal.json").exists()
     run(killed, "cache-features")
+    assert undisturbed.wait(TIMEOUT_S) == 0, (calm / "output.txt").read_text()
 
     expected, got = cache_files(calm), cache_files(killed)
     assert got.keys() == expected.keys()

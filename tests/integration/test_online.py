@@ -6,11 +6,13 @@ Real image files, encoded by the real stages with tiny networks that have weight
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from repa_pipeline.data.reader import Reader
 from repa_pipeline.errors import ConfigError, DataError, MissingError, RepaError
 from repa_pipeline.observe import Silent, read_events
 from repa_pipeline.registry import TABLES
+from repa_pipeline.stages import online as online_module
+from repa_pipeline.stages import train_check
 from repa_pipeline.stages.online import OnlineTeachers
 from repa_pipeline.stages.train import TrainPlan, TrainResult, plan_training, train
 from repa_pipeline.testing.caches import isolated_tables, toy_train_config
@@ -30,6 +34,7 @@ from repa_pipeline.testing.encoded import encode_tiny_cache
 from repa_pipeline.testing.parts import tiny_autoencoder, tiny_encoder, write_weights
 from repa_pipeline.training.batches import BatchMaker, mirrored_views
 from repa_pipeline.training.checkpoint import load_checkpoint
+from repa_pipeline.training.world import World
 
 pytestmark = pytest.mark.slow
 
@@ -246,6 +251,56 @@ def test_a_rank_makes_the_tokens_of_its_slice(folder: Path) -> None:
             for step in range(2):
                 for one, all_of_it in zip(teachers(step), whole[step], strict=True):
                     torch.testing.assert_close(one, all_of_it[local], rtol=0, atol=1e-6)
+
+
+def test_a_compiled_teacher_makes_the_same_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph; the eager backend, as what a compiler makes of it is not ours to test."""
+    seen: list[Any] = []
+
+    def compile(network: Any, **how: Any) -> Any:
+        seen.append(how)
+        return torch_compile(network, backend="eager", fullgraph=True, **how)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    plans = [plan_training(settings(folder, "online", "x", compile=c)) for c in (False, True)]
+    for plan in plans:
+        with plan.online(range(1), World()) as teachers:
+            seen.append(teachers(0)[0])
+    plain, how, fast = seen
+    assert how == {"dynamic": False} and torch.equal(plain, fast)
+
+
+def test_waiting_for_images_is_waiting_for_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By this clock every wait takes 1,000 seconds.
+    clock = SimpleNamespace(perf_counter=itertools.count(step=1000.0).__next__)
+    monkeypatch.setattr(online_module, "time", clock)
+    result = run(settings(folder, "online", "slow", steps=3))
+    shares = [e["data_wait"] for e in read_events(result.run.folder / "events.jsonl")]
+    shutil.rmtree(result.run.folder)
+    assert len(shares) == 3 and min(shares) > 1
+
+
+def test_a_dry_run_measures_the_teacher_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_check, "READ_S", 0.05)
+    monkeypatch.setattr(train_check, "_TRAIN_BUDGET_S", 0.05)
+    calls: list[int] = []
+    tokens = OnlineTeachers.tokens
+
+    def counted(self: OnlineTeachers, pixels: Any) -> Any:
+        calls.append(len(pixels))
+        return tokens(self, pixels)
+
+    monkeypatch.setattr(OnlineTeachers, "tokens", counted)
+    line, *_ = train_check.check_training(plan_training(settings(folder, "online", "dry")))
+    assert "forward and backward of SiT-XS/2 with its teachers inside" in line
+    assert calls[0] == BATCH and len(calls) > 1 and max(calls) == BATCH
+    line, *_ = train_check.check_training(plan_training(settings(folder, "cache", "dry")))
+    assert "teachers" not in line
 
 
 # What goes wrong is one line.

@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,16 @@ import pytest
 import torch
 
 from repa_pipeline.config_train import TrainConfig
-from repa_pipeline.observe import Silent, read_events
+from repa_pipeline.observe import Silent
 from repa_pipeline.settings import as_json
 from repa_pipeline.stages.train import plan_training, train
-from repa_pipeline.testing.caches import toy_train_config, write_toy_cache
+from repa_pipeline.testing.caches import TOY_PROJECT, toy_train_config, write_toy_cache
+from repa_pipeline.testing.ranks import assert_same_curve, curve, train_arguments, wait_for
 from repa_pipeline.training.checkpoint import checkpoint_path, complete_steps, load_checkpoint
 
 pytestmark = pytest.mark.slow
 
 STEPS = 8
-SCALARS = ("loss", "denoising", "alignment", "grad_norm")
 TIMEOUT_S = 120
 
 START = """
@@ -38,8 +36,10 @@ raise SystemExit(launch(config, config.ranks))
 
 
 def settings(workspace: Path, name: str, **changes: Any) -> TrainConfig:
-    given = {"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "ema_extra": (0.5,), **changes}
-    return toy_train_config(workspace, name=name, **given)
+    given = {"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "ema_extra": (0.5,)}
+    # Writing for TensorBoard takes longer to import than the toy to train.
+    given["tensorboard"] = False
+    return toy_train_config(workspace, name=name, **{**given, **changes})
 
 
 def start(config: TrainConfig) -> subprocess.Popen[str]:
@@ -54,29 +54,6 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     out, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == code, errors
     return out + errors
-
-
-def wait_for(done: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not done():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
-    return done()
-
-
-def curve(workspace: Path, name: str) -> list[dict[str, float]]:
-    events = read_events(workspace / "runs" / name / "events.jsonl")
-    return [
-        {key: value for key, value in event.items() if key == "step" or key in SCALARS}
-        for event in events
-        if event["event"] == "scalars"
-    ]
-
-
-def assert_same_curve(got: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    assert len(got) == len(expected) > 0
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def saved(workspace: Path, name: str, step: int = STEPS) -> dict[str, Any]:
@@ -181,7 +158,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 ) -> None:
     changes = {"ranks": 2, "steps": 60, "checkpoint_every": 1000}
     process = start(settings(workspace, "preempted", **changes))
-    wait_for(lambda: (workspace / "runs" / "preempted" / "events.jsonl").exists())
     wait_for(lambda: len(curve(workspace, "preempted")) > 3)
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM, saved; the same command goes on from here" in finish(process, 143)
@@ -235,16 +211,10 @@ def test_an_error_of_any_rank_is_told_once(workspace: Path, tmp_path: Path) -> N
 
 
 def test_torchrun_starts_ranks_too(workspace: Path) -> None:
-    config = settings(workspace, "torchrun")
-    flags = [f"--{key.replace('_', '-')}={getattr(config, key)}" for key in (
-        "workspace", "device", "threads", "model", "steps", "batch_size", "learning_rate",
-        "ema_decay", "projector_width", "log_every", "checkpoint_every",
-    )]  # fmt: skip
-    (workspace / "repa.toml").write_text(
-        "[models.'SiT-XS/2']\ndepth = 3\nwidth = 64\nnum_heads = 2\n"
-    )
+    arguments = train_arguments(settings(workspace, "torchrun"))
+    (workspace / "repa.toml").write_text(TOY_PROJECT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "repa_pipeline", "train", "torchrun", *flags, "--ema-extra", "0.5"]
+    command += ["-m", "repa_pipeline", *arguments, "--ema-extra", "0.5"]
     done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     assert_same_curve(curve(workspace, "torchrun"), curve(workspace, "one"))

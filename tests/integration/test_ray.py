@@ -282,7 +282,7 @@ class Watcher(test_ray.Silent):
     def workers(self, states):
         print("threads:", *(thread.name for thread in threading.enumerate()), flush=True)
 
-stage = ToyStage({url!r}, {marks!r}, work_s=0.2)
+stage = ToyStage({url!r}, {marks!r}, work_s=1.0)  # far from done when it is killed
 test_ray.run(stage, test_ray.RayExecutor(test_ray.WISH), Watcher())
 """
 

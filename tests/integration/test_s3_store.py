@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.data.retry import RetryPolicy
 from repa_pipeline.errors import DamagedError, MissingError, StoreError
 from repa_pipeline.testing.faults import (
+    QUICK,
     Chance,
     Fault,
     FaultProxy,
@@ -39,23 +40,12 @@ from repa_pipeline.testing.swift import SwiftServer
 
 pytestmark = pytest.mark.slow
 
-QUICK = RetryPolicy(
-    attempts=6, first_delay_seconds=0.01, longest_delay_seconds=0.05, silence_seconds=30.0
-)
 FEW = dataclasses.replace(QUICK, attempts=3)
 DATA = bytes(range(256)) * 1200  # 300 KB
 
 
 def name_of(bucket: str) -> str:
     return bucket.removeprefix("s3://")
-
-
-@pytest.fixture
-def proxy(s3: SwiftServer, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """In front of the server, for stores that are opened from now on."""
-    with FaultProxy(s3.endpoint) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        yield running
 
 
 @pytest.mark.parametrize("check", [*CHECKS.values(), *ATOMIC_CHECKS.values()])

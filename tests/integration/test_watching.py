@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from repa_pipeline.cli import main
 from repa_pipeline.metrics.networks import load_network
 from repa_pipeline.observe import read_events
-from repa_pipeline.testing.caches import write_toy_cache
+from repa_pipeline.testing.caches import isolated_tables, write_toy_cache
 from repa_pipeline.testing.parts import tiny_autoencoder, write_weights
 
 PLUGIN = """
@@ -55,7 +57,9 @@ def write_reference(path: Path) -> None:
     np.savez(path, arr_0=images, mu=pool.mean(0), sigma=np.cov(pool, rowvar=False))
 
 
-def test_scores_come_from_processes_of_their_own(tmp_path: Path) -> None:
+def test_scores_come_from_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_toy_cache(tmp_path)
     (tmp_path / "watched_parts.py").write_text(PLUGIN)
     (tmp_path / "repa.toml").write_text(PROJECT)
@@ -63,15 +67,9 @@ def test_scores_come_from_processes_of_their_own(tmp_path: Path) -> None:
     write_reference(tmp_path / "reference.npz")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
-
-    def repa(*arguments: str) -> None:
-        command = [sys.executable, "-m", "repa_pipeline", *arguments]
-        found = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert found.returncode == 0, found.stderr
-
-    repa("train", "one")
+    command = [sys.executable, "-m", "repa_pipeline", "train", "one"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
     run = tmp_path / "runs" / "one"
     events = [e for e in read_events(run / "events.jsonl") if e["event"] != "scalars"]
     (event,) = events
@@ -81,7 +79,10 @@ def test_scores_come_from_processes_of_their_own(tmp_path: Path) -> None:
     assert (event["network"], event["num_samples"]) == ("digits-cnn", 10)
     assert result["sample_settings"]["step"] == 6
 
-    repa("report")
+    monkeypatch.chdir(tmp_path)
+    with isolated_tables(tmp_path), pytest.raises(SystemExit) as ended:
+        main(["report"])
+    assert ended.value.code == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Scores on the way" in page
     assert "10 samples, network digits-cnn, against reference.npz" in page

@@ -29,6 +29,7 @@ from repa_pipeline.data.array import (
 from repa_pipeline.data.objects import LocalStore, json_bytes
 from repa_pipeline.data.shards import RecordLayout, as_rows
 from repa_pipeline.errors import DamagedError, MismatchError, MissingError
+from repa_pipeline.testing.caches import write_shards
 
 NUM_ROWS, SHARD_ROWS, SHAPE = 19, 8, (2, 3)
 MANIFEST: dict[str, Any] = {"kind": "latents", "scale": (0.5, 2.0), "prepare": {"crop": "adm"}}
@@ -47,13 +48,7 @@ def make_records(dtype: str, num_rows: int = NUM_ROWS, seed: int = 0) -> npt.NDA
 
 
 def commit(store: LocalStore, spec: ArraySpec, records: npt.NDArray[np.generic]) -> None:
-    begin_array(store, spec)
-    shards = []
-    for k in range(spec.num_shards):
-        part = records[k * SHARD_ROWS : (k + 1) * SHARD_ROWS]
-        num_bytes, digest = write_shard(store, spec, k, part)
-        shards.append({"index": k, "rows": len(part), "num_bytes": num_bytes, "digest": digest})
-    seal_array(store, spec, shards)
+    write_shards(store, spec, records)
 
 
 @pytest.fixture

@@ -221,14 +221,32 @@ def test_an_error_of_a_write_is_told(
             monkeypatch.setattr(module, "save_checkpoint", fail)
             saver.save(2, {"n": 2})
             if when == "check":
-                while saver._writer.is_running:
-                    time.sleep(0.001)
+                assert saver._writer._thread is not None
+                saver._writer._thread.join()
             if when != "exit":
                 {"save": lambda: saver.save(3, {"n": 3}), "check": saver.check, "wait": saver.wait}[
                     when
                 ]()
                 raise AssertionError("it was not told")
     assert complete_steps(run.checkpoints) == [1]
+
+
+def test_a_thread_that_is_just_being_started_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer's thread starts the sender's while training asks how that one is."""
+    background = module._Background("mirror")
+
+    class Slow(threading.Thread):
+        def start(self) -> None:
+            background.check()
+            background.join()
+            super().start()
+
+    monkeypatch.setattr(module.threading, "Thread", Slow)
+    for _ in range(2):
+        background.start(fail)
+        with pytest.raises(StageError, match="the disk is full"):
+            background.join()
+        background.check()  # told once
 
 
 def test_the_error_that_ends_a_run_is_not_hidden(

@@ -18,11 +18,12 @@ from repa_pipeline.cluster.mark import marked
 from repa_pipeline.cluster.placement import Ask, Wish, count_places, describe, settle_ask
 from repa_pipeline.cluster.scheduler import Policy
 from repa_pipeline.cluster.select import choose_executor
-from repa_pipeline.cluster.session import EXIT_TERMINATED, unwinding_on_sigterm
+from repa_pipeline.cluster.session import unwinding_on_sigterm
 from repa_pipeline.config import IndexConfig
 from repa_pipeline.engine.contracts import Commits, Shard, SimpleWork
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import ConfigError, StageError
+from repa_pipeline.exits import EXIT_TERMINATED
 
 CPU8, CPU64 = {"CPU": 8.0}, {"CPU": 64.0, "memory": 1e9}
 GPU8 = {"CPU": 32.0, "GPU": 8.0}
@@ -259,3 +260,16 @@ def test_sigterm_unwinds_the_stack_and_the_handler_goes_again() -> None:
         assert caught.value.code == 3
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_torch_is_not_loaded_to_count_devices_without_a_driver() -> None:
+    """It takes seconds, and neither indexing nor the starter of ranks has any other use for it."""
+    code = (
+        "import sys; from repa_pipeline.cluster import select; select._DRIVERS = ();"
+        "from repa_pipeline.config import IndexConfig; from repa_pipeline.training import launch;"
+        "from repa_pipeline.config_train import TrainConfig;"
+        "print(select.choose_executor(IndexConfig()).name,"
+        " launch.num_ranks(TrainConfig(device='cpu', ranks=3)), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["local", "3", "False"], done.stderr

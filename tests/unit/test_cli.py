@@ -15,6 +15,7 @@ from repa_pipeline.cli import main
 from repa_pipeline.command_table import COMMAND_TABLE, COMMANDS
 from repa_pipeline.errors import DataError
 from repa_pipeline.observe import Silent
+from repa_pipeline.stages import train_check
 from repa_pipeline.stages.train import plan_training, train
 from repa_pipeline.testing.caches import ToyTeacher, toy_train_config, write_toy_cache
 
@@ -231,9 +232,13 @@ def test_runs_and_choosing_between_them(repa: Repa, tmp_path: Path) -> None:
     assert repa.refused("sample --run three").endswith("known are one, two")
 
 
-def test_a_dry_run_does_nothing(repa: Repa, tmp_path: Path) -> None:
+def test_a_dry_run_does_nothing(
+    repa: Repa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_check, "READ_S", 0.1)
+    monkeypatch.setattr(train_check, "_TRAIN_BUDGET_S", 0.1)
     write_toy_cache(tmp_path / "repa-workspace")
-    code, out, _ = repa("train --dry-run --batch-size 8 --steps 5")
+    code, out, _ = repa("train --dry-run --model SiT-XS/2 --batch-size 8 --steps 5")
     assert code == 0 and "done: step 0 of 5" in out
     # A record: moments 2*4*8*8 and tokens 16*12, both float16.
     assert "reads 1,408 bytes an image, 11.26 KB a step" in out

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "repa_pipeline"
 # A room may import from rooms of a lower or the same level.
 LEVELS = {
     "errors": 0,
+    "exits": 0,
     "tables": 1,
     "text": 1,
     "ranges": 1,

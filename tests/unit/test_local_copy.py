@@ -17,10 +17,7 @@ from repa_pipeline.data import fetch, local_copy
 from repa_pipeline.data.array import (
     ArraySpec,
     SealedArray,
-    begin_array,
     open_sealed,
-    seal_array,
-    write_shard,
 )
 from repa_pipeline.data.local_copy import Busy, LocalCopy
 from repa_pipeline.data.objects import LocalStore
@@ -28,6 +25,7 @@ from repa_pipeline.data.order import Order
 from repa_pipeline.data.reader import Reader
 from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.errors import DamagedError, StageError
+from repa_pipeline.testing.caches import write_shards
 
 NUM_ROWS, SHARD_ROWS = 92, 8
 ORDER = Order(NUM_ROWS, SHARD_ROWS, 10, seed=1, window=3)
@@ -51,13 +49,7 @@ class CountingStore(LocalStore):
 def store(tmp_path: Path) -> CountingStore:
     store = CountingStore(str(tmp_path / "remote"))
     spec = ArraySpec("a", NUM_ROWS, RecordLayout((40, 5), "int8", SHARD_ROWS), {})
-    begin_array(store, spec)
-    entries = []
-    for k in range(spec.num_shards):
-        rows = VALUES[k * SHARD_ROWS : (k + 1) * SHARD_ROWS]
-        num_bytes, digest = write_shard(store, spec, k, rows)
-        entries.append({"index": k, "rows": len(rows), "num_bytes": num_bytes, "digest": digest})
-    seal_array(store, spec, entries)
+    write_shards(store, spec, VALUES)
     return store
 
 

@@ -26,7 +26,7 @@ from repa_pipeline.training.checkpoint import (
     save_checkpoint,
 )
 from repa_pipeline.training.checkpointer import Checkpointer
-from repa_pipeline.training.mirror import Mirror, load_newest, mirror_of
+from repa_pipeline.training.mirror import Mirror, TakenOverError, load_newest, mirror_of
 from repa_pipeline.training.runs import Run, open_run
 
 DECIDED = {"rows": "abc"}
@@ -258,6 +258,28 @@ def test_a_mirror_that_is_away_does_not_stop_training(
         saver.save(30, content(30))
     mirror = mirror_of(run, config)
     assert mirror is not None and mirror.steps() == [20, 30]
+
+
+def test_of_two_trainers_the_later_one_has_the_mirror(tmp_path: Path) -> None:
+    first, second = (machine(tmp_path, name) for name in "ab")
+    with pytest.raises(TakenOverError, match="trained by another process too") as refused:
+        with Checkpointer(*first) as ours:
+            ours.save(10, content(10))
+            ours.wait()
+            load_newest(*second)
+            with Checkpointer(*second) as theirs:
+                theirs.save(20, content(20))
+                theirs.wait()
+                ours.save(15, content(15))
+                ours.wait_for_mirror()
+    told = str(refused.value)
+    assert f"(process {os.getpid()} on " in told and str(first[0].checkpoints) in told
+    assert complete_steps(first[0].checkpoints) == [10, 15]  # nothing is lost
+    loaded, faults = load_newest(*machine(tmp_path, "c"))
+    assert loaded is not None and (loaded["n"], faults) == (20, [])
+    assert {name[:13] for name in names(tmp_path)} == {"step-00000010", "step-00000020"}
+    with Checkpointer(*first) as ours:  # the same command again: now it is the later one
+        ours.save(30, content(30))
 
 
 def fetch(folder: Path, start: Any, told: Any) -> None:

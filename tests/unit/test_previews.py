@@ -84,6 +84,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         yield tmp_path
 
 
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
+    monkeypatch.setattr(previews.subprocess, "Popen", Held)
+    monkeypatch.setattr(Held, "started", [])
+    return Held.started
+
+
 def settings(workspace: Path, **changes: Any) -> TrainConfig:
     given: dict[str, Any] = {"plugins": ("preview_parts",), "steps": 5, "checkpoint_every": 100}
     return toy_train_config(workspace, **{**given, "keep": 1, **changes})
@@ -110,6 +117,30 @@ def test_previews_show_the_ema_of_their_step(workspace: Path) -> None:
         with Image.open(event["path"]) as picture:
             assert picture.size == (68, 3 * 66 + 2)  # three classes, one image of each
         assert Path(event["path"]).parent.name.startswith(name)
+
+
+def test_the_settings_file_of_the_run_is_read(
+    workspace: Path, held: list[Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Held, "poll", lambda self: 1)
+    monkeypatch.setattr(Held, "wait", lambda self: 1)
+    other = workspace / "other.toml"
+    other.write_text(
+        f'workspace = "{workspace}"\n[train]\nbatch_size = 8\npreview_every = 1\n'
+        "[models.'SiT-XS/2']\ndepth = 3\nwidth = 64\nnum_heads = 2\n"
+    )
+    arguments = ["--config", "other.toml", "--model", "SiT-XS/2", "--steps", "1"]
+    for name in ("given", "named"):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", name, "--device", "cpu", *arguments])
+        assert ended.value.code == 0
+        assert flag(held[-1].command, "config") == "other.toml"
+        arguments = arguments[2:]
+        monkeypatch.setenv("REPA_CONFIG", "other.toml")
+    config = toy_train_config(workspace, settings_file="gone.toml", preview_every=1)
+    shown = Previews(config, workspace, RunLog([]))
+    shown.start(1, save_checkpoint(workspace / "checkpoints", 1, {}))
+    assert "--config" not in held[-1].command
 
 
 def test_what_fails_is_one_event(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,13 +232,6 @@ def test_scores_are_those_of_the_samples(workspace: Path, monkeypatch: pytest.Mo
 # In turn, with processes that take as long as the test says.
 
 
-@pytest.fixture
-def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
-    monkeypatch.setattr(previews.subprocess, "Popen", Held)
-    monkeypatch.setattr(Held, "started", [])
-    return Held.started
-
-
 def new_previews(folder: Path, from_step: int = 0, **changes: Any) -> Previews:
     rhythm = {"preview_every": 1, "evaluate_every": 2, **changes}
     log = RunLog([JsonLines(folder, from_step)])
@@ -276,6 +300,28 @@ def test_a_checkpoint_that_is_not_yet_written_is_waited_for(
     )
 
 
+def test_what_dies_of_sigterm_is_made_later(tmp_path: Path, held: list[Held]) -> None:
+    """Batch systems send it to every process of a job."""
+    shown = new_previews(tmp_path, evaluate_every=0)
+    for step, code in enumerate((-15, 143, -9), start=1):
+        shown.start(step, save_checkpoint(tmp_path / "checkpoints", step, {}))
+        held[-1].returncode = code
+        shown.poll()
+    assert said(tmp_path) == [("preview_skipped", 3, "exit code -9, no message")]
+    again = new_previews(tmp_path, from_step=3, evaluate_every=0)
+    again.catch_up(3, tmp_path / "checkpoints", read_events(tmp_path / "events.jsonl"))
+    assert again.steps_in_use == {1, 2}
+
+
+def test_waiting_ends_when_the_run_is_told_to_end(tmp_path: Path, held: list[Held]) -> None:
+    shown = new_previews(tmp_path)
+    shown.start(2, save_checkpoint(tmp_path / "checkpoints", 2, {}))
+    asked = iter([False, False, True])
+    assert not shown.finish(lambda: next(asked))
+    assert held[0].was_stopped and shown.steps_in_use == set() and said(tmp_path) == []
+    assert shown.finish(lambda: True)  # there is nothing left
+
+
 def test_an_error_of_the_run_stops_what_works(tmp_path: Path, held: list[Held]) -> None:
     with pytest.raises(KeyboardInterrupt), new_previews(tmp_path) as shown:
         shown.start(1, save_checkpoint(tmp_path / "checkpoints", 1, {}))
@@ -336,3 +382,24 @@ def test_a_run_that_is_told_to_stop_waits_for_nothing(
     result = train(plan_training(settings(workspace, preview_every=2, steps=4)), Silent())
     skipped = [(e, step) for e, step, _ in said(result.run.folder) if e != "scalars"]
     assert skipped == [("preview_skipped", 2), ("preview_skipped", 4)]
+
+
+def test_a_finished_run_makes_what_its_end_cut_short(
+    workspace: Path, held: list[Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = iter([False] * 5 + [True])  # four steps, and a look at what is made
+    monkeypatch.setattr(Stopping, "heard", lambda self: next(heard))
+    config = settings(workspace, preview_every=4, steps=4)
+    result = train(plan_training(config), Silent())
+    assert (result.step, result.stopped) == (4, True)  # told while the last preview was made
+    assert held[0].was_stopped
+    assert {event for event, *_ in said(result.run.folder)} == {"scalars"}
+
+    monkeypatch.setattr(Stopping, "heard", lambda self: False)
+    monkeypatch.setattr(Held, "poll", lambda self: 1)
+    monkeypatch.setattr(Held, "wait", lambda self: 1)
+    result = train(plan_training(config), Silent())
+    assert (result.step, result.num_new, result.stopped) == (4, 0, False)
+    assert [(e, step) for e, step, _ in said(result.run.folder) if e != "scalars"] == [
+        ("preview_skipped", 4)
+    ]

@@ -18,10 +18,10 @@ from repa_pipeline.cluster.actors import Failure
 from repa_pipeline.cluster.board import Board, Teller, ToldLines, ToldProgress
 from repa_pipeline.cluster.placement import Ask
 from repa_pipeline.cluster.select import ray_address
-from repa_pipeline.cluster.session import EXIT_TERMINATED
 from repa_pipeline.cluster.train import Growth, num_workers
 from repa_pipeline.config_train import TrainConfig
 from repa_pipeline.errors import ConfigError, DamagedError, StageError
+from repa_pipeline.exits import EXIT_TERMINATED
 from repa_pipeline.observe import PlainLines
 from repa_pipeline.resolve import Project, resolve
 from repa_pipeline.training.runs import Run, locked

@@ -21,16 +21,14 @@ from repa_pipeline.data import fetch
 from repa_pipeline.data.array import (
     ArraySpec,
     SealedArray,
-    begin_array,
     open_sealed,
-    seal_array,
-    write_shard,
 )
 from repa_pipeline.data.objects import LocalStore, ObjectStore, RemoteStore
 from repa_pipeline.data.order import Order, rank_slice
 from repa_pipeline.data.reader import Reader, Records
 from repa_pipeline.data.shards import CONTAINERS, RecordLayout, pack_shard
 from repa_pipeline.errors import DamagedError, StageError, StoreError
+from repa_pipeline.testing.caches import write_shards
 
 NUM_ROWS, SHARD_ROWS = 203, 8
 NAMES = ("latents", "features.a", "features.bb")
@@ -51,13 +49,7 @@ def make_array(store: LocalStore, name: str, container: str, seed: int) -> Value
     spec = ArraySpec(name, NUM_ROWS, layout, {"name": name})
     generator = np.random.default_rng([seed, *name.encode()])
     values = generator.integers(-100, 100, (NUM_ROWS, *shape)).astype(dtype)
-    begin_array(store, spec)
-    shards = []
-    for k in range(spec.num_shards):
-        part = values[k * SHARD_ROWS : (k + 1) * SHARD_ROWS]
-        num_bytes, digest = write_shard(store, spec, k, part)
-        shards.append({"index": k, "rows": len(part), "num_bytes": num_bytes, "digest": digest})
-    seal_array(store, spec, shards)
+    write_shards(store, spec, values)
     plain = read_plainly(store.root / name, container)
     assert plain.tobytes() == values.tobytes()
     return plain

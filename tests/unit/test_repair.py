@@ -264,10 +264,17 @@ def test_other_images_are_refused(cache: Path) -> None:
         run(cache).check()
 
 
-def test_the_index_knows_the_source(cache: Path) -> None:
-    """Without --source: where the index says the images are."""
+def test_the_index_knows_the_source(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without --source: where the index says the images are; another place is said."""
     shard_file(cache, LATENTS, 1).unlink()
     run(cache, source=RepairConfig.source).check()
+    assert "images are read from" not in caplog.text
+    moved = cache.parents[1] / "moved"
+    (cache.parents[1] / "images").rename(moved)
+    shard_file(cache, LATENTS, 1).unlink()
+    shard_file(cache, TOKENS, 1).unlink()
+    run(cache, source=str(moved)).check()
+    assert caplog.text.count(f"images are read from {moved}, the index was made of ") == 1
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from repa_pipeline.data.remote import MAX_TRIES, RangeFile, in_parallel, open_fi
 from repa_pipeline.data.source import Item, Source, open_source
 from repa_pipeline.data.tarscan import scan_tar
 from repa_pipeline.errors import ConfigError, DamagedError, DataError, MissingError, StoreError
+from repa_pipeline.testing import faults
+from repa_pipeline.testing.swift import SwiftServer
 
 
 def tar_bytes(members: dict[str, bytes]) -> bytes:
@@ -514,22 +516,16 @@ def test_s3_options_and_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_sources_on_a_real_s3_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sources_on_a_real_s3_server(
+    s3: SwiftServer, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Folder, tars, zip and gz in a bucket, behind a proxy that fails a third of all requests."""
     pytest.importorskip("s3fs")
-    venv = Path(__file__).resolve().parents[2] / ".venv-s3"
-    if not (venv / "bin" / "swift-proxy-server").exists():
-        pytest.skip("no S3 server: run `make s3` first")
-    from repa_pipeline.testing import faults
-    from repa_pipeline.testing.swift import SwiftServer
-
     folder = {f"c{i % 3}/{i}.jpg": random.Random(i).randbytes(500 + i) for i in range(12)}
     members = [samples(0, 8, 5000), samples(8, 8, 600_000)]
-    with SwiftServer(venv=str(venv)) as server, faults.FaultProxy(server.endpoint) as proxy:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
+    with faults.FaultProxy(s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        server.create_bucket("sources")
+        s3.create_bucket("sources")  # faults depend on the name
         put("s3://sources/folder", folder)
         put("s3://sources/tars", {f"{i}.tar": tar_bytes(m) for i, m in enumerate(members)})
         put("s3://sources", {"a.zip": zip_bytes(folder, zipfile.ZIP_DEFLATED)})
