@@ -24,19 +24,13 @@ kept.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import functools
 import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +38,12 @@ import timm
 import torch
 from common import save
 from safetensors.torch import save_file
+from workers import Job, Took, loop_part, ratios, time_loops, time_ray
 
-from repa_pipeline.cluster.executor import RayExecutor
-from repa_pipeline.cluster.placement import Wish
 from repa_pipeline.cluster.session import ray_session
 from repa_pipeline.config import FeaturesConfig
 from repa_pipeline.device import cpu_count
 from repa_pipeline.encoders import ENCODERS
-from repa_pipeline.engine.contracts import Shard, Wanted, Work, run_phases
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.features import features_products
@@ -71,7 +63,8 @@ def main() -> None:
     parser.add_argument("--loop", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.loop:
-        loop_part(*arguments.loop)
+        where, name, part, num_parts = arguments.loop
+        loop_part(job_in(Path(where), name), part, num_parts)
         return
     folder = Path(tempfile.mkdtemp())
     try:
@@ -80,17 +73,6 @@ def main() -> None:
         shutil.rmtree(folder)
     path = save("engine", result)
     print(json.dumps(result) if arguments.json else f"{json.dumps(result, indent=1)}\n{path}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Took:
-    """Wall and CPU seconds, the latter of all processes that took part."""
-
-    wall: float
-    cpu: float
-
-    def least(self, other: Took) -> Took:
-        return Took(min(self.wall, other.wall), min(self.cpu, other.cpu))
 
 
 def measure(folder: Path, num_images: int, rounds: int) -> dict[str, Any]:
@@ -111,19 +93,16 @@ def measure_case(folder: Path, encoder: str, num_images: int, rounds: int) -> di
     best: dict[str, Took] = {}
     for number in range(rounds):
         for way, workers in (("loop", 1), ("ray", 1), ("loop", 2), ("ray", 2)):
-            timed = time_loops if way == "loop" else time_ray
-            took = timed(folder, f"{way}-{workers}-{number}", workers)
+            name = f"{way}-{workers}-{number}"
+            shutil.copytree(folder / "index", folder / name)
+            if way == "loop":
+                took = time_loops(__file__, folder, name, workers)
+            else:
+                took = time_ray(job_in(folder, name), folder / f"{name}-ready", workers)
             name = f"{way} {workers}"
             best[name] = took.least(best.get(name, took))
             print(f"{encoder}, {name}: {took.wall:.2f} s, CPU {took.cpu:.2f} s", file=sys.stderr)
-    return {
-        "images": num_images,
-        "overhead": round(best["ray 2"].wall / best["loop 2"].wall - 1, 3),
-        "overhead_cpu": round(best["ray 2"].cpu / best["loop 2"].cpu - 1, 3),
-        "scaling": round(best["ray 1"].wall / best["ray 2"].wall, 2),
-        "scaling_of_plain_loops": round(best["loop 1"].wall / best["loop 2"].wall, 2),
-        "overlap": round(best["loop 1"].wall / best["ray 1"].wall, 2),
-    }
+    return {"images": num_images, **ratios(best)}
 
 
 def write_weights(path: Path, encoder: str) -> None:
@@ -135,111 +114,14 @@ def write_weights(path: Path, encoder: str) -> None:
         save_file(network.state_dict(), path)
 
 
-def time_loops(folder: Path, name: str, num_loops: int) -> Took:
-    """`num_loops` plain loops at once, from the moment all have loaded."""
-    shutil.copytree(folder / "index", folder / name)
-    command = [sys.executable, __file__, "--loop", str(folder), name]
-    loops = [
-        subprocess.Popen(
-            [*command, str(part), str(num_loops)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for part in range(num_loops)
-    ]
-    for loop in loops:
-        assert loop.stdout and loop.stdout.readline() == "ready\n"
-    began = time.perf_counter()
-    for loop in loops:
-        assert loop.stdin
-        loop.stdin.write("go\n")
-        loop.stdin.flush()
-    cpu = [float(loop.stdout.readline()) for loop in loops if loop.stdout]
-    took = Took(time.perf_counter() - began, sum(cpu))
-    for loop in loops:
-        loop.communicate()
-    return took
-
-
-def loop_part(folder: str, name: str, part: str, num_parts: str) -> None:
-    """One plain loop: every num_parts-th shard, one phase after another."""
-    stage, shards, wanted = stage_in(Path(folder), name)
-    ledgers = pass_ledgers(stage)
-    work = stage.open(wanted)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    cpu_before = time.process_time()
-    for shard in shards[int(part) :: int(num_parts)]:
-        for commit in run_phases(work, shard):
-            ledgers[commit.output].record(commit)
-    print(time.process_time() - cpu_before, flush=True)
-
-
-def time_ray(folder: Path, name: str, workers: int) -> Took:
-    """The Ray executor, from all workers being ready to the last done record."""
-    shutil.copytree(folder / "index", folder / name)
-    stage, shards, wanted = stage_in(folder, name)
-    ledgers = pass_ledgers(stage)
-    gate = folder / f"{name}-ready"
-    gate.mkdir()
-    begun: list[Took] = []
-
-    def watch() -> None:
-        while len(os.listdir(gate)) <= workers:
-            time.sleep(0.01)
-        begun.append(Took(time.perf_counter(), cpu_of_tree()))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    executor = RayExecutor(Wish("cpu", workers=workers, threads=1))
-    results = executor.map(
-        functools.partial(open_together, stage, wanted, str(gate), workers), shards
-    )
-    for number, commits in enumerate(results, 1):
-        for commit in commits:
-            ledgers[commit.output].record(commit)
-        if number == len(shards):  # before the workers are ended: their CPU time goes with them
-            ended = Took(time.perf_counter(), cpu_of_tree())
-    watcher.join()
-    return Took(ended.wall - begun[0].wall, ended.cpu - begun[0].cpu)
-
-
-def open_together(stage: ImagePass, wanted: Wanted, gate: str, workers: int) -> Work:
-    """Opens the stage in a worker and waits for the others, so that they start at once."""
-    work = stage.open(wanted)
-    Path(gate, str(os.getpid())).touch()
-    while len(os.listdir(gate)) < workers:
-        time.sleep(0.01)
-    Path(gate, "open").touch()
-    return work
-
-
-def cpu_of_tree() -> float:
-    """CPU seconds so far of this process and all below it: driver, Ray's own, workers."""
-    ticks: dict[int, tuple[int, int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            ticks[int(path.parent.name)] = (int(fields[1]), int(fields[11]) + int(fields[12]))
-    found, level = 0, [os.getpid()]
-    while level:
-        found += sum(ticks[pid][1] for pid in level)
-        level = [pid for pid, (parent, _) in ticks.items() if parent in level]
-    return found / os.sysconf("SC_CLK_TCK")
-
-
-def stage_in(folder: Path, name: str) -> tuple[ImagePass, list[Shard], Wanted]:
-    """A begun pass in a workspace of its own, and what is wanted of it: everything."""
+def job_in(folder: Path, name: str) -> Job:
+    """A begun pass in a workspace of its own."""
     config = config_in(folder, name)
     index = ensure_index(config, LocalExecutor(), Silent())
     stage = ImagePass(config, features_products(config, index))
     for output in stage.outputs:
         output.begin()
-    shards = list(stage.outputs[0].plan().shards)
-    names = frozenset(output.name for output in stage.outputs)
-    return stage, shards, {shard.index: names for shard in shards}
+    return Job(stage, pass_ledgers(stage))
 
 
 def config_in(folder: Path, name: str) -> FeaturesConfig:

@@ -17,6 +17,7 @@ from repa_pipeline.config import (
 from repa_pipeline.config_care import CopyConfig, RepairConfig, VerifyConfig
 from repa_pipeline.config_evaluate import CertifyConfig, EvaluateConfig, ReferenceConfig
 from repa_pipeline.config_exchange import ExportConfig, ImportConfig, InspectConfig
+from repa_pipeline.config_pictures import GridConfig, SweepConfig
 from repa_pipeline.config_plan import PlanConfig
 from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.config_train import TrainConfig
@@ -117,6 +118,16 @@ COMMAND_TABLE: Mapping[str, Command] = {
         CertifyConfig,
         "repa_pipeline.commands_evaluate:certify",
         "Check evaluator, sampler and trainer against published numbers; exit 1 if one is off.",
+    ),
+    "grid": Command(
+        GridConfig,
+        "repa_pipeline.commands_pictures:grid",
+        "Show samples of several checkpoints and guidances at the same seeds, side by side.",
+    ),
+    "sweep": Command(
+        SweepConfig,
+        "repa_pipeline.commands_pictures:sweep",
+        "Score a checkpoint over guidance scales and intervals, and plot FID against IS.",
     ),
     "runs": Command(
         RunsConfig, "repa_pipeline.commands:runs", "List the training runs of the workspace."

@@ -16,8 +16,23 @@ if TYPE_CHECKING:
 
 def sample(config: SampleConfig) -> None:
     """`repa sample`."""
-    from repa_pipeline.stages.sample import finish_samples, sample_ledgers
+    from repa_pipeline.stages.sample import finish_samples
     from repa_pipeline.stages.sample_outputs import LATENTS
+
+    stage = make_samples(config)
+    if config.dry_run:
+        return
+    for path in finish_samples(stage):
+        say(f"made: {path}")
+    if {output.name for output in stage.outputs} == {LATENTS}:
+        say(f"next: repa sample --from-latents {stage.output}")
+    else:
+        say("next: repa evaluate")
+
+
+def make_samples(config: SampleConfig) -> SampleStage:
+    """Runs (or, for --dry-run, describes) what is missing of a set of samples."""
+    from repa_pipeline.stages.sample import sample_ledgers
     from repa_pipeline.stages.sample_plan import sample_stage
 
     stage = sample_stage(config)
@@ -28,15 +43,10 @@ def sample(config: SampleConfig) -> None:
     if config.dry_run:
         for output in stage.outputs:
             describe(output, ledgers[output.name])
-        return
+        return stage
     executor = choose_executor(stage.config, stage.output)
     report_pass(run_stage(stage, executor, ledgers, progress_for_stream()))
-    for path in finish_samples(stage):
-        say(f"made: {path}")
-    if {output.name for output in stage.outputs} == {LATENTS}:
-        say(f"next: repa sample --from-latents {stage.output}")
-    else:
-        say("next: repa evaluate")
+    return stage
 
 
 def _what(stage: SampleStage) -> str:

@@ -200,6 +200,12 @@ class ReportConfig(CommonConfig):
     output: str | None = setting(None, "The page (default: report.html in the workspace).")
 
 
+_DIGITS_SAMPLER: Mapping[str, Any] = {
+    "sampler": "ode",
+    "num_steps": 12,
+    "batch_size": 100,
+    "resolution": 0,  # of a file of others, which is not of digits
+}
 # Per preset: settings of all commands under "", of one command under its name.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "digits": {
@@ -226,13 +232,14 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "log_every": 10,
             "checkpoint_every": 300,
         },
-        "sample": {
+        "sample": {**_DIGITS_SAMPLER, "num_images": 1000, "shard_rows": 100},
+        "grid": _DIGITS_SAMPLER,
+        "sweep": {
+            **_DIGITS_SAMPLER,
             "num_images": 1000,
-            "sampler": "ode",
-            "num_steps": 12,
-            "batch_size": 100,
             "shard_rows": 100,
-            "resolution": 0,  # of a file of others, which is not of digits
+            "network": "digits-cnn",
+            "is_split": 1000,
         },
         "evaluate": {"network": "digits-cnn", "is_split": 1000},
         "reference": {"network": "digits-cnn"},

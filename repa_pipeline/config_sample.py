@@ -29,28 +29,12 @@ def check_quality(value: int) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig(ClusterConfig):
-    """`repa sample`: a checkpoint -> images."""
+class DrawConfig(ClusterConfig):
+    """How samples are drawn, of whatever checkpoint and with whatever guidance."""
 
-    run: str | None = setting(None, "Run to sample from (default: the only one).")
-    checkpoint: str | None = setting(
-        None,
-        "Checkpoint: a file or URL of a run, of the reference's code or a published DiT, or a "
-        "folder of `repa export --to safetensors` (default: the run's newest).",
-    )
     downloads: str | None = setting(
         None,
         "Local folder of checkpoints from URLs (default: ~/.cache/repa-pipeline/checkpoints).",
-    )
-    num_images: int = setting(50_000, "Images to make.", check=check_positive)
-    cfg: float = setting(
-        1.0, "Guidance scale; 1 is no guidance.", decides=True, check=check_not_negative
-    )
-    interval: tuple[float, float] = setting(
-        (0.0, 1.0),
-        "Guide only while LOW <= t <= HIGH (t = 1 is noise; of DiT t is timestep / 1000).",
-        decides=True,
-        check=check_interval,
     )
     guide_checkpoint: str | None = setting(
         None,
@@ -68,15 +52,6 @@ class SampleConfig(ClusterConfig):
     num_steps: int = setting(250, "Sampler steps.", decides=True, check=check_positive)
     seed: int = setting(
         0, "Image k depends on (checkpoint, settings, seed, k) alone.", decides=True
-    )
-    labels: str = setting(
-        "random",
-        "random, balanced (k modulo the classes), one class number, or a .npy or .txt file with a "
-        "class an image.",
-        decides=True,
-    )
-    sorted_labels: bool = setting(
-        False, "Take a labels file that stands class by class, of which IS would be wrong."
     )
     batch_size: int = setting(64, "Images made together.", decides=True, check=check_positive)
     shard_rows: int = setting(256, "Images of a stored shard.", decides=True, check=check_positive)
@@ -117,6 +92,37 @@ class SampleConfig(ClusterConfig):
         0,
         "Pixels of a file of others that does not tell (diffusers' DiT).",
         check=check_not_negative,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(DrawConfig):
+    """`repa sample`: a checkpoint -> images."""
+
+    run: str | None = setting(None, "Run to sample from (default: the only one).")
+    checkpoint: str | None = setting(
+        None,
+        "Checkpoint: a file or URL of a run, of the reference's code or a published DiT, or a "
+        "folder of `repa export --to safetensors` (default: the run's newest).",
+    )
+    num_images: int = setting(50_000, "Images to make.", check=check_positive)
+    cfg: float = setting(
+        1.0, "Guidance scale; 1 is no guidance.", decides=True, check=check_not_negative
+    )
+    interval: tuple[float, float] = setting(
+        (0.0, 1.0),
+        "Guide only while LOW <= t <= HIGH (t = 1 is noise; of DiT t is timestep / 1000).",
+        decides=True,
+        check=check_interval,
+    )
+    labels: str = setting(
+        "random",
+        "random, balanced (k modulo the classes), one class number, or a .npy or .txt file with a "
+        "class an image.",
+        decides=True,
+    )
+    sorted_labels: bool = setting(
+        False, "Take a labels file that stands class by class, of which IS would be wrong."
     )
     from_latents: str | None = setting(
         None, "Decode the latents of this sample folder; no checkpoint is needed."

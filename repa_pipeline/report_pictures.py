@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,10 @@ class GridRow:
 def grid_page(
     title: str, rows: Sequence[GridRow], classes: Sequence[str], per_class: int, seed: int
 ) -> str:
-    """A section a class, a strip of `per_class` samples a row; a column is one seed."""
+    """A section a class, a strip of `per_class` samples a row; a column is one seed.
+
+    Sample k of a set is of class k modulo their number; rows hold them class after class.
+    """
     sections = [
         tag(
             "p",
@@ -50,8 +54,8 @@ def grid_page(
     ]
     for place, name in enumerate(classes):
         part = slice(place * per_class, (place + 1) * per_class)
-        first, last = part.start, part.stop - 1
-        sections.append(tag("h2", f"{name} (samples {first} to {last})"))
+        indices = ", ".join(str(place + len(classes) * i) for i in range(per_class))
+        sections.append(join([tag("h2", name), tag("p", f"samples {indices}", "quiet")]))
         for row in rows:
             strip = picture_of(png_bytes(tiled([row.images[part]])), f"{row.label}: {name}")
             sections.append(tag("figure", join([tag("figcaption", row.label), strip or ""])))
@@ -61,19 +65,19 @@ def grid_page(
 
 @dataclasses.dataclass(frozen=True)
 class SweepPoint:
-    """What one guidance came to; metrics as in a result.json."""
+    """What one guidance came to: metrics, their standard errors and what the distance is called,
+    as in a result.json."""
 
     cfg: float
     interval: tuple[float, float]
     metrics: Mapping[str, float | None]
+    errors: Mapping[str, float]
+    kind: str
     samples: str
 
     @property
     def name(self) -> str:
-        """The guidance in words."""
-        if self.cfg == 1:
-            return "no guidance"
-        return f"cfg {self.cfg:g} on {interval_name(self.interval)}"
+        return guidance_name(self.cfg, self.interval)
 
     def metric(self, name: str) -> float:
         """A number of the result, infinite where it has none."""
@@ -81,8 +85,9 @@ class SweepPoint:
         return float("inf") if value is None else value
 
 
-def interval_name(interval: tuple[float, float]) -> str:
-    return f"[{interval[0]:g}, {interval[1]:g}]"
+def guidance_name(cfg: float, interval: Sequence[float]) -> str:
+    """A guidance in words."""
+    return "no guidance" if cfg == 1 else f"cfg {cfg:g} on [{interval[0]:g}, {interval[1]:g}]"
 
 
 def best_point(points: Sequence[SweepPoint]) -> SweepPoint:
@@ -90,20 +95,18 @@ def best_point(points: Sequence[SweepPoint]) -> SweepPoint:
     return min(points, key=lambda point: point.metric(DISTANCE))
 
 
-def sweep_page(
-    title: str, points: Sequence[SweepPoint], distance_name: str, about: Mapping[str, Any]
-) -> str:
+def sweep_page(title: str, points: Sequence[SweepPoint], about: Mapping[str, Any]) -> str:
     """Distance against inception score and against scale, a line an interval; all numbers."""
     best = best_point(points)
     lead = tag(
         "p",
-        f"Least {distance_name}: {best.metric(DISTANCE):.4g} with {best.name}. It was chosen on "
-        "the samples it is told of: make new ones with another seed before you publish it.",
+        f"Least {best.kind}: {best.metric(DISTANCE):.4g} with {best.name}. It was chosen on these "
+        "samples, so it flatters: make new ones with another seed before you publish it.",
         "lead",
     )
     panels = [
-        _panel(points, SCORE, "inception score", distance_name),
-        _panel(points, None, "guidance scale", distance_name),
+        _panel(points, SCORE, "inception score"),
+        _panel(points, None, "guidance scale"),
     ]
     return page(
         title,
@@ -111,15 +114,14 @@ def sweep_page(
             lead,
             tag("figure", Html(draw(panels, "sweep"))),
             tag("h2", "All points"),
-            _sweep_table(points, distance_name),
+            _sweep_table(points),
             folded("Settings of all points", facts(about)),
         ],
     )
 
 
-def _panel(
-    points: Sequence[SweepPoint], metric: str | None, x_label: str, distance_name: str
-) -> Panel:
+def _panel(points: Sequence[SweepPoint], metric: str | None, x_label: str) -> Panel:
+    """`metric` is the x axis, None the scale."""
     lines = []
     for position, interval in enumerate(sorted({p.interval for p in points if p.cfg != 1})):
         # Without guidance there is no interval: that point belongs to every line.
@@ -129,16 +131,27 @@ def _panel(
         if members:
             x = [p.cfg if metric is None else p.metric(metric) for p in members]
             y = [p.metric(DISTANCE) for p in members]
-            lines.append(Line(f"guided on {interval_name(interval)}", position, False, x, y))
-    title = f"{distance_name} against {x_label}"
-    return Panel(title, distance_name, lines, f"no {x_label}", x_label=x_label)
+            label = f"guided on [{interval[0]:g}, {interval[1]:g}]"
+            lines.append(Line(label, position, False, x, y))
+    kind = points[0].kind
+    return Panel(f"{kind} against {x_label}", kind, lines, f"no {x_label}", x_label=x_label)
 
 
-def _sweep_table(points: Sequence[SweepPoint], distance_name: str) -> Html:
+def _sweep_table(points: Sequence[SweepPoint]) -> Html:
     names = list(dict.fromkeys(name for point in points for name in point.metrics))
-    shown = [distance_name if name == DISTANCE else name.replace("_", " ") for name in names]
+    shown = [points[0].kind if name == DISTANCE else _in_words(name) for name in names]
     rows = [
-        [p.name, *(number(p.metrics.get(name)) for name in names), tag("code", p.samples)]
+        [p.name, *(_with_error(p, name) for name in names), tag("code", Path(p.samples).name)]
         for p in sorted(points, key=lambda point: point.metric(DISTANCE))
     ]
     return table(["guidance", *shown, "samples"], rows, shown)
+
+
+def _in_words(metric: str) -> str:
+    return "KID" if metric == "kid" else metric.replace("frechet", "Fréchet").replace("_", " ")
+
+
+def _with_error(point: SweepPoint, name: str) -> Html:
+    error = point.errors.get(name)
+    shown = number(point.metrics.get(name))
+    return shown if error is None else join([shown, f"± {error:.2g}"], " ")

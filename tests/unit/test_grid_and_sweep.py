@@ -1,0 +1,134 @@
+"""`repa grid` and `repa sweep`: the samples and scores of single commands, on one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repa_pipeline.cli import main
+from repa_pipeline.commands_pictures import guidances
+from repa_pipeline.stages.sample import open_samples, sample_blocks
+from repa_pipeline.testing.caches import isolated_tables
+from repa_pipeline.testing.sampling import make_samples, toy_sample_config, write_toy_runs
+
+SIDE, GAP = 64, 2
+COMMON = ("--device=cpu", "--threads=1", "--num-steps=4", "--shard-rows=5", "--seed=3")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    with isolated_tables(folder):
+        write_toy_runs(folder, first={}, second={"seed": 1})
+        yield folder
+
+
+def repa(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def run(command: str, workspace: Path, *arguments: str) -> int:
+    return repa(command, f"--workspace={workspace}", *COMMON, *arguments)
+
+
+def images_of(workspace: Path, output: Path, **changes: Any) -> np.ndarray[Any, Any]:
+    settings = {"seed": 3, "output": str(output), "outputs": ("images",), **changes}
+    stage = make_samples(toy_sample_config(workspace, **settings))
+    return np.concatenate([block.copy() for block in sample_blocks(open_samples(stage.output))])
+
+
+def test_guidances_without_guidance_come_once() -> None:
+    assert guidances("1,1.5:2:0.5", "0,0.6:0.7:0.1") == [
+        (1.0, (0.0, 1.0)),
+        (1.5, (0.0, 0.6)),
+        (1.5, (0.0, 0.7)),
+        (2.0, (0.0, 0.6)),
+        (2.0, (0.0, 0.7)),
+    ]
+
+
+def test_a_grid_shows_what_repa_sample_makes(workspace: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "grid"
+    arguments = ("--run=first", "--run=second", "--cfg=1,2", "--interval=0,0.7", "--classes=2,0")
+    assert run("grid", workspace, *arguments, "--per-class=3", f"--output={folder}") == 0
+    labels = tmp_path / "labels.txt"
+    labels.write_text("2\n0\n2\n0\n2\n0\n")
+    with Image.open(folder / "grid.png") as image:
+        picture = np.asarray(image)
+    step = SIDE + GAP
+    assert picture.shape == (4 * step + GAP, 6 * step + GAP, 3)
+    for row, (name, cfg) in enumerate((r, c) for r in ("first", "second") for c in (1.0, 2.0)):
+        given = {"run": name, "cfg": cfg, "interval": (0.0, 0.7) if cfg > 1 else (0.0, 1.0)}
+        made = images_of(
+            workspace, tmp_path / f"{row}", **given, num_images=6, batch_size=6, labels=str(labels)
+        )
+        by_class = [*made[0::2], *made[1::2]]
+        for column, expected in enumerate(by_class):
+            top, left = GAP + row * step, GAP + column * step
+            assert (picture[top : top + SIDE, left : left + SIDE] == expected).all()
+    page = (folder / "index.html").read_text()
+    assert page.count("<img ") == 8 and "samples 1, 3, 5" in page
+    assert "second/step-00000012, cfg 2 on [0, 0.7]" in page
+    first = (folder / "index.html").read_bytes()
+    capsys.readouterr()
+    assert run("grid", workspace, *arguments, "--per-class=3", f"--output={folder}") == 0
+    assert capsys.readouterr().out.count("nothing to do") == 4
+    assert (folder / "index.html").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--classes=1,99", "classes: got 1,99, expected different numbers from 0 to "),
+        ("--classes=1,1", "classes: got 1,1, expected different numbers from 0 to "),
+        ("--cfg=2:1:1", "cfg (flag --cfg): got '2:1:1', expected FROM <= TO"),
+        ("--interval=0.5", "interval (flag --interval): got '0.5', expected LOW,HIGH"),
+        ("--run=third", "no run 'third'"),
+    ],
+)
+def test_a_grid_of_what_is_not_there(
+    workspace: Path, flag: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("grid", workspace, "--run=first", flag) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_sweep_has_the_scores_of_single_commands(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source" / "0"
+    source.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        pixels = generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(source / f"{number}.png")
+    reference = str(tmp_path / "reference.npz")
+    scoring = ("--network=digits-cnn", "--is-split=12", "--kid-subsets=0", "--device=cpu")
+    made = ("--resolution=64", f"--source={source.parent}", f"--output={reference}")
+    space = f"--workspace={tmp_path}"
+    assert repa("reference", space, *scoring, *made) == 0
+    folder = tmp_path / "sweep"
+    few = (*scoring, "--allow-few", f"--reference={reference}")
+    arguments = (*few, "--run=first", "--cfg=1,3", "--interval=0,0.5:1:0.5", "--num-images=12")
+    assert run("sweep", workspace, *arguments, "--batch-size=4", f"--output={folder}") == 0
+    points = json.loads((folder / "sweep.json").read_bytes())
+    assert [(p["cfg"], tuple(p["interval"])) for p in points] == guidances("1,3", "0,0.5:1:0.5")
+    alone = tmp_path / "alone"
+    images_of(workspace, alone, run="first", cfg=3.0, interval=(0.0, 0.5), num_images=12)
+    assert repa("evaluate", space, *few, f"--samples={alone}") == 0
+    result = json.loads((alone / "result.json").read_bytes())
+    assert points[1]["metrics"] == result["metrics"]
+    best = min(points, key=lambda p: p["metrics"]["frechet_distance"])
+    said = capsys.readouterr().out
+    least = best["metrics"]["frechet_distance"]
+    assert f"least {result['kind']}: {least:.4g} with " in said
+    page = (folder / "index.html").read_text()
+    assert all(f"{p['metrics']['frechet_distance']:.4g}" in page for p in points)
