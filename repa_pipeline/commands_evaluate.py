@@ -9,7 +9,7 @@ from typing import Any
 
 from repa_pipeline.cluster.select import choose_executor
 from repa_pipeline.commands import describe, say
-from repa_pipeline.config_evaluate import CertifyConfig, EvaluateConfig, ReferenceConfig
+from repa_pipeline.config_evaluate import AUTO, CertifyConfig, EvaluateConfig, ReferenceConfig
 from repa_pipeline.engine.run import ledger_of
 from repa_pipeline.observe import progress_for_stream
 
@@ -31,13 +31,23 @@ def evaluate(config: EvaluateConfig) -> None:
             (output,) = samples.stage.outputs
             describe(output, ledger_of(output.store, output))
         return
-    result = score(config, progress_for_stream(), choose_executor(config))
+    result = score(config, progress_for_stream(), choose_executor(config, _written(config)))
     if not result["new"]:
         say(f"nothing to do: {result['path']} is the result of these samples and settings")
     say(summary(result))
     for line in comparison_lines(result) if config.compare else ():
         say(line)
     say(f"result: {result['path']}; next: repa report")
+
+
+def _written(config: EvaluateConfig) -> str | None:
+    """The folder that features go to or below, None for the workspace's."""
+    from repa_pipeline.stages.scored_samples import find_samples
+
+    where = Path(config.features or find_samples(config))
+    if where.is_dir() or config.features:
+        return str(where)
+    return str(where.parent) if where.is_file() else None
 
 
 def reference(config: ReferenceConfig) -> None:
@@ -86,18 +96,21 @@ def certify(config: CertifyConfig) -> None:
 
 
 def _sample(config: CertifyConfig, checkpoint: str, changes: Mapping[str, Any]) -> str:
-    """50,000 SDE samples of a checkpoint, as the published numbers are of; returns their folder."""
-    from repa_pipeline.commands_sample import sample
+    """Features of 50,000 SDE samples of a checkpoint, as the published numbers are of; returns
+    their folder."""
+    from repa_pipeline.commands_sample import make_samples
     from repa_pipeline.config import ClusterConfig
     from repa_pipeline.config_sample import SampleConfig
 
     guidance = f"cfg{changes['cfg']:g}"
-    folder = Path(config.workspace) / "certify" / f"{Path(checkpoint).stem}.{guidance}"
+    folder = f"{config.workspace.rstrip('/')}/certify/{Path(checkpoint).stem}.{guidance}"
+    network = "inception-v3" if config.network == AUTO else config.network
     settings: dict[str, Any] = {
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(ClusterConfig)},
-        **{"checkpoint": checkpoint, "output": str(folder), "num_images": 50_000},
+        **{"checkpoint": checkpoint, "output": folder, "num_images": 50_000},
+        **{"score": (network,), "network_weights": config.network_weights},
         **{"sampler": "sde", "num_steps": 250},
         **{name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()},
     }
-    sample(SampleConfig(**settings))
-    return str(folder)
+    make_samples(SampleConfig(**settings))
+    return folder

@@ -6,6 +6,7 @@ Equal images give equal bytes: stored uncompressed, fixed timestamps, our own ar
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import zipfile
@@ -96,7 +97,11 @@ def read_adm_settings(path: str | Path) -> str | None:
     """The settings text in an `.npz` of samples, None without one; errors as read_adm."""
     with _readable(Path(path)), np.load(path, allow_pickle=False) as stored:
         name = SETTINGS_MEMBER.removesuffix(".npy")
-        return str(stored[name]) if name in stored.files else None
+        if name not in stored.files:
+            return None
+        with contextlib.suppress(ValueError):  # of objects: somebody else's
+            return str(stored[name])
+    return None
 
 
 def adm_shape(path: str | Path) -> tuple[int, int, int, int]:

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.array import ArraySpec
 from repa_pipeline.data.objects import ObjectStore, get_json, open_store
 from repa_pipeline.errors import ConfigError, MissingError
+from repa_pipeline.metrics.adm_file import read_adm_settings
 from repa_pipeline.stages.judge import (
     Judged,
     judge_name,
@@ -35,7 +34,6 @@ from repa_pipeline.training.runs import find_run, list_runs
 JUDGED = "judged"
 # What `repa sample` leaves of the settings, and its tars of pictures.
 SETTINGS, PICTURES = "settings.json", ("png", "jpeg")
-_NPZ_SETTINGS = "settings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +86,17 @@ def _of_npz(config: EvaluateConfig, network: str, path: Path) -> ScoredSamples:
     images = adm_images(path)
     features = path.with_suffix(".features") / images.sha256[:12]
     result = path.with_suffix(".result.json")
-    with np.load(path, allow_pickle=False) as stored:
-        said = _NPZ_SETTINGS in stored.files
-        settings = json.loads(str(stored[_NPZ_SETTINGS])) if said else None
+    settings = _read_settings(read_adm_settings(path))
     return _with_images(config, network, str(path), images, str(features), str(result), settings)
+
+
+def _read_settings(text: str | None) -> Mapping[str, Any] | None:
+    """The settings in a file that may be anybody's."""
+    try:
+        settings = json.loads(text or "")
+    except ValueError:
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def _of_pictures(

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from repa_pipeline.cli import main
+from repa_pipeline.commands_evaluate import certify as command
 from repa_pipeline.config_evaluate import CertifyConfig, EvaluateConfig
+from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.data.shards import RecordLayout
+from repa_pipeline.errors import DataError
 from repa_pipeline.metrics.networks import load_network
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.certify import PARTS, Limit, Part, certify, lines
@@ -180,6 +183,36 @@ def test_a_checkpoint_is_sampled_twice(config: CertifyConfig, tmp_path: Path) ->
         "PASS",
     )
     assert result["exit_code"] == 0
+
+
+def test_the_command_samples_as_the_published_numbers_were(
+    config: CertifyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features alone of 50,000 images a guidance, as `repa sample` would plan them."""
+    asked: list[SampleConfig] = []
+
+    def planned(settings: SampleConfig) -> None:
+        asked.append(settings)
+        raise DataError("far too many for a test")
+
+    monkeypatch.setattr("repa_pipeline.commands_sample.make_samples", planned)
+    changes: dict[str, Any] = {
+        "checkpoint": "xl.pt",
+        "network_weights": "fid.pth",
+        "adm_samples": None,
+    }
+    changes["output"] = str(tmp_path / "certify.json")
+    with pytest.raises(SystemExit) as ended:
+        command(dataclasses.replace(config, **changes, workspace="s3://bucket/ws/"))
+    assert ended.value.code == 3
+    plain, guided = asked
+    assert (plain.cfg, guided.cfg, guided.interval) == (1.0, 1.8, (0.0, 0.7))
+    for made in asked:
+        assert (made.sampler, made.num_steps, made.num_images) == ("sde", 250, 50_000)
+        assert (made.checkpoint, made.score, made.outputs) == ("xl.pt", (config.network,), ())
+        assert made.network_weights == "fid.pth" and made.labels == "random"
+    assert plain.output == "s3://bucket/ws/certify/xl.cfg1"
+    assert guided.output == "s3://bucket/ws/certify/xl.cfg1.8"
 
 
 def test_nothing_given_is_nothing_claimed(

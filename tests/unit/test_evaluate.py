@@ -279,6 +279,15 @@ def test_an_npz_scores_as_the_folder_does(base: Path, tmp_path: Path) -> None:
     assert evaluate(config, Silent())["metrics"] == folder["metrics"]
 
 
+@pytest.mark.parametrize("settings", ["not JSON", "[1]", np.array({"cfg": 2}, dtype=object)])
+def test_settings_in_somebody_elses_npz_are_not_ours(
+    base: Path, tmp_path: Path, settings: Any
+) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=sample_images(), settings=settings)
+    config = config_of(base, tmp_path, samples=str(tmp_path / "samples.npz"), output=None)
+    assert evaluate(config, Silent())["sample_settings"] is None
+
+
 def test_batch_sizes_change_nothing(base: Path, tmp_path: Path) -> None:
     def score(batch_size: int) -> Any:
         features = str(tmp_path / f"features{batch_size}")
