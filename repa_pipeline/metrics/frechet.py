@@ -35,9 +35,7 @@ class FrechetReference:
 
     def __init__(self, mu: NDArray[np.floating], sigma: NDArray[np.floating]) -> None:
         self.mu, self.sigma = _checked(mu, sigma)
-        values, vectors = np.linalg.eigh(self.sigma)
-        self.clipped = float(np.minimum(values, 0).sum())
-        self._factor = vectors * np.sqrt(np.maximum(values, 0))
+        self._factor, self.clipped = _factor(self.sigma)
 
     def distance(self, mu: NDArray[np.floating], sigma: NDArray[np.floating]) -> FrechetResult:
         """Distance to the Gaussian (mu [D], sigma [D, D]); float64 throughout."""
@@ -104,6 +102,20 @@ def frechet_distance(
 ) -> float:
     """Frechet distance of two Gaussians; mu [D], sigma [D, D], float64 inside."""
     return FrechetReference(mu1, sigma1).distance(mu2, sigma2).distance
+
+
+def _factor(sigma: Float64Array) -> tuple[Float64Array, float]:
+    """A with A A^T = sigma, and the sum of the negative eigenvalues that were left out of it.
+
+    Of a positive definite sigma Cholesky's, at a hundredth of the cost of eigenvectors; any other
+    factor differs from it by a rotation, which moves no eigenvalue of A^T S A.
+    """
+    try:
+        return np.linalg.cholesky(sigma), 0.0
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(sigma)
+        clipped = float(np.minimum(values, 0).sum())
+        return vectors * np.sqrt(np.maximum(values, 0)), clipped
 
 
 def _checked(

@@ -123,6 +123,31 @@ def test_many_features_take_the_eigenvalue_form() -> None:
     assert reference.distance_from_features(samples) == want
 
 
+def test_the_quick_factor_gives_what_eigenvectors_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cholesky's factor of a positive definite covariance; with few rows there is none."""
+    samples = running(correlated(300, 24, 1)).finalize()
+
+    def by_eigenvectors(_: object) -> np.ndarray:
+        raise np.linalg.LinAlgError("no factor")
+
+    quick = FrechetReference(*running(correlated(300, 24, 0)).finalize())
+    few = FrechetReference(*running(correlated(12, 24, 0)).finalize())
+    monkeypatch.setattr(np.linalg, "cholesky", by_eigenvectors)
+    slow = FrechetReference(quick.mu, quick.sigma)
+    assert not np.allclose(quick._factor, slow._factor)
+    assert quick.distance(*samples).distance == pytest.approx(
+        slow.distance(*samples).distance, rel=1e-11
+    )
+    for ours, plain in zip(quick.gradient(*samples), slow.gradient(*samples), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-9)
+    rows = correlated(10, 24, 2)
+    assert quick.distance_from_features(rows).distance == pytest.approx(
+        slow.distance_from_features(rows).distance, rel=1e-11
+    )
+    again = FrechetReference(few.mu, few.sigma)
+    assert few.distance(*samples).distance == pytest.approx(again.distance(*samples).distance)
+
+
 def test_negative_eigenvalues_are_clipped_and_reported() -> None:
     reference = FrechetReference(np.zeros(2), np.diag([4.0, -0.5]))
     assert reference.clipped == pytest.approx(-0.5)
