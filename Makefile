@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/repa demo
 
 test: setup s3
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: setup
 	$(BIN)/ruff check .

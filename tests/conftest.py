@@ -15,6 +15,15 @@ from repa_pipeline.testing.swift import SwiftServer
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For two processes at once: files whole, and all that share the Ray cluster in one of them."""
+    files = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "ray" if item.path in files else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path not in files)  # the longest group first
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder with real images, real weights and reference vectors; skips without one."""
