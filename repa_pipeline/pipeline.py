@@ -11,10 +11,9 @@ its own: diffusers' base class asks of every part what only its own models have.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from repa_pipeline.autoencoders.base import (
 from repa_pipeline.config_exchange import ExportConfig
 from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
-from repa_pipeline.device import choose_device
+from repa_pipeline.device import choose_device, float32_products
 from repa_pipeline.diffusion.sampling import choose_sampler
 from repa_pipeline.errors import ConfigError, DamagedError
 from repa_pipeline.methods.base import answers_of
@@ -220,7 +219,7 @@ class REPAPipeline:
             pixels = self.vae.decode(latent_sampler.unscaled(scaled))
             return _picture(pixels, output_type, uint8)
 
-        with _float32(tf32=dtype == "tf32"):
+        with float32_products(tf32=dtype == "tf32"):
             made = in_batches(batch, list(range(len(labels))), batch_size or len(labels))
         return REPAPipelineOutput(_converted(made, output_type))
 
@@ -306,15 +305,3 @@ def _write_vae(folder: Path, source: Path) -> None:
         save_file({k: v.clone() for k, v in load_state(source).items()}, temporary)
     temporary.replace(target)
     LocalStore(str(folder)).put(VAE_RECORD, json_bytes({"sha256": file_sha256(target)}))
-
-
-@contextlib.contextmanager
-def _float32(tf32: bool) -> Iterator[None]:
-    """Inside, float32 is float32 unless `tf32` is asked for, as in `repa sample`."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
