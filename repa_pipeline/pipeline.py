@@ -251,6 +251,12 @@ def _drawing(generator: int | Generators, seeds: list[int], shapes: Any, device:
     each: Any = [generator] * len(seeds) if single else list(generator)  # type: ignore[arg-type]
     if len(each) != len(seeds):
         raise ConfigError(f"generator: got {len(each)}, expected one for {len(seeds)} images")
+    other = [one.device for one in each if one.device.type != "cpu"]
+    if other:
+        raise ConfigError(
+            f"generator: got one of {other[0]}, expected torch.Generator(): noise is drawn on the "
+            "CPU, so that it is the same for every device"
+        )
 
     def draw(chosen: list[int]) -> Draws:
         if len(set(chosen)) != len(chosen):
@@ -258,7 +264,8 @@ def _drawing(generator: int | Generators, seeds: list[int], shapes: Any, device:
                 f"batch_size must divide the {len(seeds)} images where generators are given"
             )
         own = [each[i] for i in chosen]
-        return Draws(own, own, shapes, device)
+        # Not ahead: the thread would go on drawing from generators that the caller uses again.
+        return Draws(own, own, shapes, device, ahead=False)
 
     return draw
 

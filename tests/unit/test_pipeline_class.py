@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import repa_pipeline
-from repa_pipeline import REPAPipeline
+from repa_pipeline import REPAPipeline, pipeline
 from repa_pipeline.errors import ConfigError, DamagedError, MismatchError
 from repa_pipeline.stages.sample import open_samples, sample_blocks
 from repa_pipeline.stages.sample_labels import labels_of
@@ -146,6 +147,17 @@ def test_output_types_and_generators(workspace: Path) -> None:
     torch.manual_seed(0)
     first, other = (pixels(pipe([0], **common)) for _ in range(2))
     assert (first != other).any()
+
+
+def test_generators_of_the_caller_are_drawn_from_on_demand_alone() -> None:
+    """On a CUDA device too, where a thread draws ahead from those of a seed."""
+    shapes = ((2,),)
+    draws = pipeline._drawing(torch.Generator(), [0], shapes, "cuda")([0])
+    assert draws._ahead is None
+    assert pipeline._drawing(0, [0], shapes, "cuda")([0])._ahead is not None
+    foreign: Any = SimpleNamespace(device=torch.device("cuda:1"))
+    with pytest.raises(ConfigError, match="generator: got one of cuda:1, expected torch.Generato"):
+        pipeline._drawing([foreign], [0], shapes, "cuda")
 
 
 def test_a_weaker_pipeline_guides(workspace: Path, tmp_path: Path) -> None:
