@@ -32,7 +32,7 @@ from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
 from repa_pipeline.device import choose_device, float32_products
 from repa_pipeline.diffusion.sampling import choose_sampler
-from repa_pipeline.errors import ConfigError, DamagedError
+from repa_pipeline.errors import ConfigError, DamagedError, MismatchError
 from repa_pipeline.methods.base import answers_of
 from repa_pipeline.registry import autoencoder_spec
 from repa_pipeline.stages.export_run import TRUNK, RunExport, write_export
@@ -138,7 +138,8 @@ class REPAPipeline:
     ) -> None:
         """Writes model, settings and card as `repa export --to safetensors`, and the decoder.
 
-        safetensors and JSON alone. Raises MismatchError when something else is in the folder.
+        safetensors and JSON alone. Raises MismatchError when something else, or another decoder,
+        is in the folder.
         """
         path, where = Path(folder), Path(self._checkpoint.where)
         settings: dict[str, Any] = {"to": "safetensors", "destination": str(path)}
@@ -300,9 +301,16 @@ def _saved_vae(folder: Path) -> str | None:
 
 def _write_vae(folder: Path, source: Path) -> None:
     """The decoder's weights as safetensors; a file of that format is copied as it is."""
-    target = folder / VAE_FILE
-    if target.is_file() and (folder / VAE_RECORD).is_file():
-        return
+    target, store = folder / VAE_FILE, LocalStore(str(folder))
+    origin = file_sha256(source)
+    if target.is_file() and store.size(VAE_RECORD) is not None:
+        record = get_json(store, VAE_RECORD)
+        if origin not in (record.get("source_sha256"), record.get("sha256")):
+            raise MismatchError(
+                f"{target} is another decoder than the pipeline's: remove it or save elsewhere"
+            )
+        if file_sha256(target) == record.get("sha256"):
+            return
     temporary = target.with_suffix(".tmp")
     if source.suffix == ".safetensors":
         shutil.copyfile(source, temporary)
@@ -311,4 +319,5 @@ def _write_vae(folder: Path, source: Path) -> None:
 
         save_file({k: v.clone() for k, v in load_state(source).items()}, temporary)
     temporary.replace(target)
-    LocalStore(str(folder)).put(VAE_RECORD, json_bytes({"sha256": file_sha256(target)}))
+    record = {"sha256": file_sha256(target), "source_sha256": origin}
+    store.put(VAE_RECORD, json_bytes(record))

@@ -97,11 +97,17 @@ def test_saved_and_read_back(workspace: Path, tmp_path: Path) -> None:
     back.save_pretrained(twice)
     for name in ("model.safetensors", "vae.safetensors"):
         assert (twice / name).read_bytes() == (folder / name).read_bytes()
+    newest = Run(workspace / "runs" / "toy").newest_checkpoint()
+    other = REPAPipeline.from_checkpoint(newest, decoder="tiny-other")
+    with pytest.raises(MismatchError, match="vae.safetensors is another decoder than the pipel"):
+        other.save_pretrained(folder)
     with pytest.raises(MismatchError, match="is there and not the export of this checkpoint"):
         pipe_of(workspace, "weak").save_pretrained(folder)
     (folder / "vae.safetensors").write_bytes(b"x" + (folder / "vae.safetensors").read_bytes()[1:])
-    with pytest.raises(DamagedError, match="vae.safetensors is not what was saved"):
+    with pytest.raises(DamagedError, match="vae.safetensors is not what was saved: save .* again"):
         REPAPipeline.from_pretrained(folder, plugins=PLUGINS)
+    pipe.save_pretrained(folder)
+    REPAPipeline.from_pretrained(folder, plugins=PLUGINS)
 
 
 def test_a_folder_of_repa_export_is_read(workspace: Path, tmp_path: Path) -> None:
