@@ -165,7 +165,10 @@ def _checkpoints(config: GridConfig) -> list[str]:
 
 
 def _sample_config(config: DrawConfig, **changes: Any) -> SampleConfig:
-    return SampleConfig(**{**_shared(config, DrawConfig), **changes})
+    settings = {**_shared(config, DrawConfig), **changes}
+    if settings.get("cfg") == 1:  # the rest is guided, this one has nothing that could be
+        settings["guide_checkpoint"] = None
+    return SampleConfig(**settings)
 
 
 def _shared(config: CommonConfig, cls: type[Any]) -> dict[str, Any]:
@@ -177,6 +180,7 @@ def _folder(config: GridConfig | SweepConfig, kind: str, also: Sequence[Any]) ->
     """Where the page goes: of its own for every set of settings."""
     if config.output:
         return Path(config.output)
+    also = [*also, config.guide_checkpoint, config.eta]
     digest = fingerprint({"settings": decisions(config), "also": also})[:12]
     return runs_folder(config).parent / kind / digest
 

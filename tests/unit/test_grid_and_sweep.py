@@ -13,9 +13,10 @@ from PIL import Image
 
 from repa_pipeline.cli import main
 from repa_pipeline.commands_pictures import guidances
-from repa_pipeline.stages.sample import open_samples, sample_blocks
+from repa_pipeline.stages.sample import open_samples, read_settings, sample_blocks
 from repa_pipeline.testing.caches import isolated_tables
 from repa_pipeline.testing.sampling import make_samples, toy_sample_config, write_toy_runs
+from repa_pipeline.training.runs import Run
 
 SIDE, GAP = 64, 2
 COMMON = ("--device=cpu", "--threads=1", "--num-steps=4", "--shard-rows=5", "--seed=3")
@@ -99,6 +100,29 @@ def test_a_grid_of_what_is_not_there(
 ) -> None:
     assert run("grid", workspace, "--run=first", flag) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_weaker_checkpoint_guides_what_is_guided(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weaker = str(Run(workspace / "runs" / "second").newest_checkpoint())
+    common = ("--run=first", "--cfg=1,2", "--classes=1", "--per-class=2")
+    pages = []
+    for more in ((), (f"--guide-checkpoint={weaker}",)):
+        assert run("grid", workspace, *common, *more) == 0
+        said = capsys.readouterr().out
+        pages.append(Path(said.split("page: ")[1].split("\n")[0]).parent)
+    plain, auto = pages
+    shown = [
+        [np.concatenate([b.copy() for b in sample_blocks(open_samples(str(p / "samples" / row)))])
+         for row in ("0", "1")]
+        for p in pages
+    ]  # fmt: skip
+    assert plain != auto
+    np.testing.assert_array_equal(shown[1][0], shown[0][0])
+    assert (shown[1][1] != shown[0][1]).any()
+    assert "guide" not in read_settings(str(auto / "samples" / "0"))
+    assert read_settings(str(auto / "samples" / "1"))["guide"]["step"] == 12
 
 
 def test_a_sweep_has_the_scores_of_single_commands(
