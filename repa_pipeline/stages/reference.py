@@ -130,6 +130,12 @@ def make_reference(
             f"{path} is a reference of other images or settings ({found.about['name']}, "
             f"{found.about['num_images']:,} images): give another --name or --output"
         )
+    kept, wanted = len(found.rows), min(config.reference_images, images.num_rows)
+    if kept != wanted:
+        raise MismatchError(
+            f"{path} keeps {kept:,} images for precision, recall and KID, expected {wanted:,}: set "
+            f"--reference-images {kept}, or give another --name or --output"
+        )
     if not config.adm:
         _remove(open_store(stage.url))
     return MadeReference(path, found, images, new)

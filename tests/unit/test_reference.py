@@ -125,6 +125,10 @@ def test_again_it_costs_nothing_and_other_images_are_refused(
     monkeypatch.setattr(judge.Judge, "rows", never)
     again = make(config_of(base, tmp_path))
     assert not again.new and again.path.read_bytes() == data
+    with pytest.raises(
+        MismatchError, match=f"keeps {KEPT} images for .*, expected {KEPT - 1}: set"
+    ):
+        make(config_of(base, tmp_path, reference_images=KEPT - 1))
     other = tmp_path / "other" / "val" / "a"
     other.mkdir(parents=True)
     for i, image in enumerate(noise_images(5, seed=9)):
