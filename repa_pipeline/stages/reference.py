@@ -184,7 +184,7 @@ def _of_training_source(
     if where.size(key) is None:
         about = {"name": "the training source", "kind": "training source", **_source_of(index)}
         where.put(key, pack_reference(_reduced(config, stage, about, executor, progress)))
-        _remove(open_store(stage.url))
+    _remove(open_store(stage.url))  # also what one that was killed here left behind
     return unpack_reference(where.get(key), f"{where.url}/{key}")
 
 

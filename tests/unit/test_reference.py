@@ -22,7 +22,7 @@ from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
 from repa_pipeline.metrics.networks import load_network
 from repa_pipeline.observe import Silent
-from repa_pipeline.stages import judge
+from repa_pipeline.stages import judge, reference
 from repa_pipeline.stages.evaluate import evaluate
 from repa_pipeline.stages.index import ensure_index
 from repa_pipeline.stages.reference import MadeReference, make_reference, write_adm_layout
@@ -111,6 +111,24 @@ def test_it_serves_as_the_training_source_does(base: Path, tmp_path: Path) -> No
     assert ours["metrics"] == of_source["metrics"]
     assert (ours["reference"]["name"], ours["reference"]["kind"]) == ("val", "own")
     assert len(ours["reference"]["sha256"]) == 64
+
+
+def test_features_that_a_killed_run_left_go(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"source": str(base / "val"), "workspace": str(tmp_path)}
+    ensure_index(IndexConfig(**shared), LocalExecutor(), Silent())
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "_remove", killed)
+        score(base, tmp_path, source=shared["source"], network="digits-cnn")
+    folder = tmp_path / "references"
+    assert [path.suffix for path in sorted(folder.iterdir())] == [".features", ".npz"]
+    score(base, tmp_path, source=shared["source"], network="digits-cnn")
+    assert [path.suffix for path in folder.iterdir()] == [".npz"]
 
 
 def test_again_it_costs_nothing_and_other_images_are_refused(
