@@ -20,6 +20,7 @@ from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.contracts import Executor
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.engine.run import Progress
+from repa_pipeline.errors import ConfigError
 from repa_pipeline.metrics.networks import ENCODER_PREFIX, Widths, is_published
 from repa_pipeline.metrics.published import comparison
 from repa_pipeline.stages.judge_stage import run_judge
@@ -63,6 +64,8 @@ def evaluate(
     where = config.output or samples.result
     store, key = _parted(where)
     standing = {} if store.size(key) is None else get_json(store, key)
+    if standing and "recipe" not in standing:
+        raise ConfigError(f"{where} is no result of `repa evaluate`: give another --output")
     new = standing.get("recipe") != recipe
     result = standing
     if new:

@@ -14,7 +14,14 @@ import pytest
 from PIL import Image
 
 from repa_pipeline.config_evaluate import EvaluateConfig
-from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError, StageError
+from repa_pipeline.errors import (
+    ConfigError,
+    DamagedError,
+    DataError,
+    MismatchError,
+    MissingError,
+    StageError,
+)
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages import judge
 from repa_pipeline.stages.evaluate import evaluate, name_distances, summary
@@ -224,6 +231,9 @@ def test_forms_that_cannot_be_scored(base: Path, tmp_path: Path) -> None:
         evaluate(config_of(base, folder), Silent())
     (tmp_path / "seal.json").rename(folder / "images" / "seal.json")
     evaluate(config_of(base, folder, batch_size=8), Silent())
+    (tmp_path / "package.json").write_text('{"name": "of somebody else"}')
+    with pytest.raises(ConfigError, match=r"package.json is no result of `repa evaluate`: give an"):
+        evaluate(config_of(base, folder, output=str(tmp_path / "package.json")), Silent())
     with pytest.raises(MismatchError, match=r"other settings: batch_size is 8 there, 16 now"):
         evaluate(config_of(base, folder, batch_size=16), Silent())
 
