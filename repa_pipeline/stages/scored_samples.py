@@ -11,7 +11,7 @@ from typing import Any
 from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.array import ArraySpec
 from repa_pipeline.data.objects import ObjectStore, get_json, open_store
-from repa_pipeline.errors import ConfigError, MissingError
+from repa_pipeline.errors import ConfigError, DataError, MissingError
 from repa_pipeline.metrics.adm_file import read_adm_settings
 from repa_pipeline.stages.judge import (
     Judged,
@@ -61,7 +61,8 @@ def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
     """The samples of `config`, in whichever form they are, to be scored by `network`.
 
     Reads manifests and headers, no pixels. Raises MissingError, ConfigError, DataError for
-    samples, and as `judge_spec` for the network.
+    samples (also for pictures class by class, whose inception score would be wrong), and as
+    `judge_spec` for the network.
     """
     where = find_samples(config)
     if where.endswith(".npz"):
@@ -107,7 +108,15 @@ def _of_pictures(
     settings = None if _is_pattern(where) else _kept_settings(open_store(where))
     features = open_store(config.workspace).child(JUDGED).child(images.listing[:12]).url
     result = result or f"{features}/result.json"
-    return _with_images(config, network, where, images, features, result, settings)
+    samples = _with_images(config, network, where, images, features, result, settings)
+    has_score = samples.spec.manifest["widths"]["logits"] and config.is_split < images.num_rows
+    if images.by_class and has_score:
+        raise DataError(
+            f"the pictures of {where} stand class by class: the inception score of blocks in that "
+            f"order would be wrong; give --is-split {images.num_rows} for one block of all, or put "
+            "them into one folder in an order of their own"
+        )
+    return samples
 
 
 def _with_images(

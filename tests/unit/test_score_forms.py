@@ -238,6 +238,21 @@ def test_forms_that_cannot_be_scored(base: Path, tmp_path: Path) -> None:
         evaluate(config_of(base, folder, batch_size=16), Silent())
 
 
+def test_pictures_class_by_class_give_no_score_of_blocks(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    for i, image in enumerate(IMAGES[:20]):
+        path = folder / str(i // 10) / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    with pytest.raises(DataError, match="stand class by class: .* give --is-split 20 for one"):
+        evaluate(config_of(base, folder, is_split=10), Silent())
+    shared = {"workspace": str(tmp_path / "ws"), "is_split": 20}
+    whole = evaluate(config_of(base, folder, **shared), Silent())
+    mixed = write_sample_folder(tmp_path / "mixed", IMAGES[:20][::-1])
+    want = evaluate(config_of(base, mixed, **shared), Silent())
+    assert whole["metrics"]["inception_score"] == pytest.approx(want["metrics"]["inception_score"])
+
+
 @pytest.mark.parametrize(
     ("network", "published", "reference", "kind", "names"),
     [
