@@ -6,6 +6,7 @@ It is ADM's npz (the features of its images are made once and kept in the worksp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -19,7 +20,7 @@ from repa_pipeline.data.index import Index, read_index, read_manifest
 from repa_pipeline.data.objects import LocalStore, ObjectStore, open_store
 from repa_pipeline.engine.contracts import Executor, split_rows
 from repa_pipeline.engine.run import Progress
-from repa_pipeline.errors import MismatchError, MissingError
+from repa_pipeline.errors import MismatchError, MissingError, RepaError
 from repa_pipeline.metrics.adm_file import adm_shape, read_reference_statistics
 from repa_pipeline.metrics.adm_reference import write_adm_reference
 from repa_pipeline.metrics.networks import is_published
@@ -117,13 +118,16 @@ def make_reference(
     path = _output(config, name, network, images.resolution)
     new = not path.exists()
     if new:
+        store = LocalStore(str(path.parent))
         if config.adm:
             made = _of_adm(config, given, network, images.resolution, executor, progress)
             made = dataclasses.replace(made, about={**made.about, "name": name})
+            store.put_new(path.name, pack_reference(made))
         else:
             about = {"name": name, "kind": "own", **_source_of(index)}
-            made = _reduced(config, stage, about, executor, progress)
-        LocalStore(str(path.parent)).put_new(path.name, pack_reference(made))
+            with _unless_made_meanwhile(store, path.name):
+                made = _reduced(config, stage, about, executor, progress)
+                store.put_new(path.name, pack_reference(made))
     found = read_reference(path)
     if found.about["features"] != stage.spec.fingerprint:
         raise MismatchError(
@@ -183,7 +187,8 @@ def _of_training_source(
     where = open_store(config.workspace).child(FOLDER)
     if where.size(key) is None:
         about = {"name": "the training source", "kind": "training source", **_source_of(index)}
-        where.put(key, pack_reference(_reduced(config, stage, about, executor, progress)))
+        with _unless_made_meanwhile(where, key):
+            where.put(key, pack_reference(_reduced(config, stage, about, executor, progress)))
     _remove(open_store(stage.url))  # also what one that was killed here left behind
     return unpack_reference(where.get(key), f"{where.url}/{key}")
 
@@ -278,6 +283,17 @@ def _made_with(stage: JudgeStage) -> dict[str, Any]:
         "network": {"name": name, "weights_sha256": digest, "published": published},
         "features": stage.spec.fingerprint,
     }
+
+
+@contextlib.contextmanager
+def _unless_made_meanwhile(store: ObjectStore, key: str) -> Iterator[None]:
+    """Lets an error pass where another driver, which shares the features, was faster: it removes
+    them when its reference stands."""
+    try:
+        yield
+    except (RepaError, OSError):
+        if store.size(key) is None:
+            raise
 
 
 def _source_of(index: Index) -> dict[str, Any]:

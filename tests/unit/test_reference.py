@@ -131,6 +131,34 @@ def test_features_that_a_killed_run_left_go(
     assert [path.suffix for path in folder.iterdir()] == [".npz"]
 
 
+def test_another_driver_that_is_faster(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes the features that both share, once its reference stands."""
+    shared = {"source": str(base / "val"), "workspace": str(tmp_path)}
+    ensure_index(IndexConfig(**shared), LocalExecutor(), Silent())
+    other: Any = {"network": "digits-cnn", "source": shared["source"], "output": None}
+    plain = reference.statistics_of
+
+    def overtaken(do: Any) -> Any:
+        def statistics_of(*given: Any) -> Any:
+            monkeypatch.setattr(reference, "statistics_of", plain)
+            do()
+            return plain(*given)
+
+        return statistics_of
+
+    first: list[Any] = []
+    scored = overtaken(lambda: first.append(score(base, tmp_path, **other)))
+    monkeypatch.setattr(reference, "statistics_of", scored)
+    ours = score(base, tmp_path, source=shared["source"], network="digits-cnn")
+    assert ours["metrics"] == first[0]["metrics"] and ours["new"] and first[0]["new"]
+    made_too = overtaken(lambda: first.append(make(config_of(base, tmp_path))))
+    monkeypatch.setattr(reference, "statistics_of", made_too)
+    made = make(config_of(base, tmp_path))
+    assert made.reference.about == first[1].reference.about
+
+
 def test_again_it_costs_nothing_and_other_images_are_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
