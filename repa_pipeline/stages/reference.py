@@ -25,6 +25,7 @@ from repa_pipeline.metrics.adm_file import adm_shape, read_reference_statistics
 from repa_pipeline.metrics.adm_reference import write_adm_reference
 from repa_pipeline.metrics.networks import is_published
 from repa_pipeline.metrics.statistics import RunningStatistics
+from repa_pipeline.stages.cached_rows import source_of
 from repa_pipeline.stages.index import cache_store, ensure_index
 from repa_pipeline.stages.judge import FORWARD_IMAGES, Judged, judge_spec
 from repa_pipeline.stages.judge_images import Images, ImageSet, adm_images, indexed_images
@@ -180,6 +181,7 @@ def _of_training_source(
 ) -> Reference:
     index = read_index(cache_store(_index_config(config)))
     settled = _encode_config(config, resolution)
+    settled = dataclasses.replace(settled, source=source_of(config, index))
     stage = _stage(config, network, indexed_images(settled, index), "source")
     recipe = [stage.spec.fingerprint, config.reference_images]
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]

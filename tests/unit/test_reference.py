@@ -20,6 +20,7 @@ from repa_pipeline.data.index import read_index
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
+from repa_pipeline.metrics.frechet import frechet_distance
 from repa_pipeline.metrics.networks import load_network
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages import judge, reference
@@ -111,6 +112,20 @@ def test_it_serves_as_the_training_source_does(base: Path, tmp_path: Path) -> No
     assert ours["metrics"] == of_source["metrics"]
     assert (ours["reference"]["name"], ours["reference"]["kind"]) == ("val", "own")
     assert len(ours["reference"]["sha256"]) == 64
+
+
+def test_the_index_says_where_the_training_source_is(base: Path, tmp_path: Path) -> None:
+    """A remote workspace is not asked for it when settings are settled, and Python users need not
+    say it again."""
+    ensure_index(
+        IndexConfig(source=str(base / "val"), workspace=str(tmp_path)), LocalExecutor(), Silent()
+    )
+    found = score(base, tmp_path, network="digits-cnn")
+    assert found["reference"]["source"] == str(base / "val")
+    rows = features_of(noise_images(COUNT, seed=0)).pool.double().numpy()
+    ours = features_of(noise_images(70, seed=1)).pool.double().numpy()
+    distance = frechet_distance(ours.mean(0), np.cov(ours.T), rows.mean(0), np.cov(rows.T))
+    assert found["metrics"]["frechet_distance"] == pytest.approx(distance, rel=1e-4)
 
 
 def test_features_that_a_killed_run_left_go(
