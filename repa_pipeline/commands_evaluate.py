@@ -44,8 +44,10 @@ def _written(config: EvaluateConfig) -> str | None:
     """The folder that features go to or below, None for the workspace's."""
     from repa_pipeline.stages.scored_samples import find_samples
 
-    where = Path(config.features or find_samples(config))
-    if where.is_dir() or config.features:
+    if config.features:
+        return config.features
+    where = Path(find_samples(config))
+    if where.is_dir():
         return str(where)
     return str(where.parent) if where.is_file() else None
 
