@@ -400,6 +400,15 @@ def test_damaged_files_are_named(tmp_path: pathlib.Path) -> None:
         assert f"{name} cannot be read" in seen
 
 
+def test_a_result_of_the_samples_pictures_is_shown(tmp_path: pathlib.Path) -> None:
+    """Their settings are those of the samples, and say the format besides."""
+    folder = make_samples(make_run(tmp_path, "aligned"), 10.0)
+    result = json.loads((folder / "result.json").read_text())
+    result["sample_settings"] |= {"kind": "jpeg", "quality": 95}
+    write_json(folder / "result.json", result)
+    assert "of other samples" not in words(report(tmp_path))
+
+
 def test_a_result_of_other_samples_is_not_shown(tmp_path: pathlib.Path) -> None:
     folder = make_samples(make_run(tmp_path, "aligned"), 10.0)
     result = json.loads((folder / "result.json").read_text())
