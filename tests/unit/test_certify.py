@@ -26,7 +26,10 @@ from repa_pipeline.stages.certify import PARTS, Limit, Part, certify, lines
 from repa_pipeline.stages.evaluate import evaluate
 
 COUNT = 80
-PLAIN = {"model": "SiT-XL/2", "sampler": "sde", "num_steps": 250, "cfg": 1.0}
+PLAIN = {
+    **{"model": "SiT-XL/2", "sampler": "sde", "num_steps": 250, "cfg": 1.0},
+    **{"labels": "random", "use_ema": True},
+}
 
 
 def images_of(seed: int, count: int = COUNT) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -153,6 +156,12 @@ def test_samples_must_be_what_the_part_speaks_of(config: CertifyConfig, tmp_path
     (guided,) = (p for p in result["parts"] if p["part"] == "sampler, guided")
     assert "cfg is 1.5, expected 1.8; interval is None, expected [0.0, 0.7]" in guided["because"]
     assert result["exit_code"] == 3  # asked for, and not run
+    for name, value in (("labels", "balanced"), ("use_ema", False), ("guide", {"step": 5})):
+        foreign = write_samples(tmp_path / name, images_of(1), **{**PLAIN, name: value})
+        one = dataclasses.replace(config, adm_samples=None, plain=foreign)
+        result = certify(one, score, never, parts_for(distance_of(config), 1e-3))
+        (told,) = (p for p in result["parts"] if p["part"] == "sampler, plain")
+        assert told["verdict"] == "NOT RUN" and f"{name} is {value!r}, expected" in told["because"]
     # The real parts want the real network, the real reference and all samples.
     result = certify(given, score, never, PARTS)
     assert set(verdicts(result).values()) == {"NOT RUN"} and result["exit_code"] == 3
