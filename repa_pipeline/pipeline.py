@@ -210,7 +210,8 @@ class REPAPipeline:
             raise ConfigError(f"indices: got {len(seeds)}, expected one for {len(labels)} labels")
         if generator is None:
             generator = int(torch.randint(2**31, ()).item())
-        draw = _drawing(generator, seeds, self.model.method.state_shapes(), str(self.device))
+        size, shapes = batch_size or len(labels), self.model.method.state_shapes()
+        draw = _drawing(generator, seeds, shapes, str(self.device), size)
 
         def batch(chosen: list[int]) -> npt.NDArray[Any]:
             scaled = latent_sampler.scaled(labels[chosen], draw(chosen))
@@ -221,7 +222,7 @@ class REPAPipeline:
             return _picture(pixels, output_type, uint8)
 
         with float32_products(tf32=dtype == "tf32"):
-            made = in_batches(batch, list(range(len(labels))), batch_size or len(labels))
+            made = in_batches(batch, list(range(len(labels))), size)
         return REPAPipelineOutput(_converted(made, output_type))
 
     def _checked(self, class_labels: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -244,8 +245,10 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: got '{value}', expected one of {', '.join(known)}")
 
 
-def _drawing(generator: int | Generators, seeds: list[int], shapes: Any, device: str) -> Any:
-    """positions of a batch -> their random numbers."""
+def _drawing(
+    generator: int | Generators, seeds: list[int], shapes: Any, device: str, size: int
+) -> Any:
+    """positions of a batch -> their random numbers, in batches of `size`."""
     if isinstance(generator, int):
         return lambda chosen: Draws.seeded(generator, [seeds[i] for i in chosen], shapes, device)
     single = isinstance(generator, torch.Generator)
@@ -259,11 +262,12 @@ def _drawing(generator: int | Generators, seeds: list[int], shapes: Any, device:
             "CPU, so that it is the same for every device"
         )
 
+    if len(seeds) % size:
+        raise ConfigError(
+            f"batch_size {size} must divide the {len(seeds)} images where generators are given"
+        )
+
     def draw(chosen: list[int]) -> Draws:
-        if len(set(chosen)) != len(chosen):
-            raise ConfigError(
-                f"batch_size must divide the {len(seeds)} images where generators are given"
-            )
         own = [each[i] for i in chosen]
         # Not ahead: the thread would go on drawing from generators that the caller uses again.
         return Draws(own, own, shapes, device, ahead=False)

@@ -158,12 +158,12 @@ def test_output_types_and_generators(workspace: Path) -> None:
 def test_generators_of_the_caller_are_drawn_from_on_demand_alone() -> None:
     """On a CUDA device too, where a thread draws ahead from those of a seed."""
     shapes = ((2,),)
-    draws = pipeline._drawing(torch.Generator(), [0], shapes, "cuda")([0])
+    draws = pipeline._drawing(torch.Generator(), [0], shapes, "cuda", 1)([0])
     assert draws._ahead is None
-    assert pipeline._drawing(0, [0], shapes, "cuda")([0])._ahead is not None
+    assert pipeline._drawing(0, [0], shapes, "cuda", 1)([0])._ahead is not None
     foreign: Any = SimpleNamespace(device=torch.device("cuda:1"))
     with pytest.raises(ConfigError, match="generator: got one of cuda:1, expected torch.Generato"):
-        pipeline._drawing([foreign], [0], shapes, "cuda")
+        pipeline._drawing([foreign], [0], shapes, "cuda", 1)
 
 
 def test_a_weaker_pipeline_guides(workspace: Path, tmp_path: Path) -> None:
@@ -176,8 +176,10 @@ def test_a_weaker_pipeline_guides(workspace: Path, tmp_path: Path) -> None:
         pipe([0], 4, guide=pipe_of(workspace, "dit"), generator=0)
 
 
-def test_what_is_refused(workspace: Path) -> None:
+def test_what_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is sampled."""
     pipe = pipe_of(workspace)
+    monkeypatch.setattr(pipeline.LatentSampler, "scaled", None)
     for arguments, said in (
         ({"class_labels": [3]}, r"class_labels: got \[3\], expected classes from 0 to 2"),
         ({"class_labels": []}, "class_labels: got"),
@@ -187,6 +189,10 @@ def test_what_is_refused(workspace: Path) -> None:
         ({"class_labels": [0], "sampler": "ddpm"}, "sampler ddpm does not fit a model of SiT-XS/2"),
         ({"class_labels": [0], "indices": [1, 2]}, "indices: got 2, expected one for 1 labels"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "generator: got 1, expected"),
+        (
+            {"class_labels": [0, 1, 2], "generator": torch.Generator(), "batch_size": 2},
+            "batch_size 2 must divide the 3 images where generators are given",
+        ),
     ):
         with pytest.raises(ConfigError, match=said):
             pipe(num_inference_steps=2, **arguments)
