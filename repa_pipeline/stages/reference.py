@@ -21,12 +21,16 @@ from repa_pipeline.data.objects import LocalStore, ObjectStore, open_store
 from repa_pipeline.engine.contracts import Executor, split_rows
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import MismatchError, MissingError, RepaError
-from repa_pipeline.metrics.adm_file import adm_shape, read_reference_statistics
+from repa_pipeline.metrics.adm_file import (
+    ReferenceStatistics,
+    adm_shape,
+    read_reference_statistics,
+)
 from repa_pipeline.metrics.adm_reference import write_adm_reference
 from repa_pipeline.metrics.networks import is_published
 from repa_pipeline.metrics.statistics import RunningStatistics
 from repa_pipeline.stages.cached_rows import source_of
-from repa_pipeline.stages.index import cache_store, ensure_index
+from repa_pipeline.stages.index import cache_store, ensure_index, open_config_source
 from repa_pipeline.stages.judge import FORWARD_IMAGES, Judged, judge_spec
 from repa_pipeline.stages.judge_images import Images, ImageSet, adm_images, indexed_images
 from repa_pipeline.stages.judge_stage import JudgeStage, run_judge
@@ -97,6 +101,43 @@ def find_reference(
     reference = read_reference(path)
     _check_fits(path, reference.about, network, weights_sha256, resolution)
     return reference
+
+
+def check_reference(config: EvaluateConfig, manifest: Mapping[str, Any]) -> None:
+    """Raises what `find_reference` would, for features of this manifest, where the reference is
+    absent or does not fit; makes nothing and runs no network."""
+    network, resolution = manifest["network"], manifest["resolution"]
+    if not config.reference:
+        read_index(cache_store(_index_config(config)))
+        return
+    path = Path(config.reference)
+    if is_own(path):
+        about = read_reference(path).about
+        _check_fits(path, about, network, manifest["weights_sha256"], resolution)
+        return
+    statistics, (_, height, *_) = read_reference_statistics(path), adm_shape(path)
+    _check_adm(path, statistics, height, manifest)
+
+
+def check_reference_inputs(config: ReferenceConfig) -> None:
+    """Raises for an absent source or file, or weights; makes nothing and runs no network."""
+    network = settle_network(config, config.adm)
+    resolution = config.resolution
+    if config.adm:
+        read_reference_statistics(config.adm)
+        resolution = adm_shape(config.adm)[1]
+    else:
+        open_config_source(_index_config(config))
+    judge_spec(
+        config,
+        network,
+        config.network_weights,
+        resolution=resolution,
+        num_rows=1,
+        shard_rows=1,
+        of={},
+        any_weights=config.any_weights,
+    )
 
 
 def make_reference(
@@ -206,19 +247,9 @@ def _of_adm(
     """ADM's own statistics with the features of its images, which are kept in the workspace."""
     statistics = read_reference_statistics(path)
     images = adm_images(path, config.reference_images)
-    if images.resolution != resolution:
-        raise MismatchError(
-            f"{path} holds images of {images.resolution} pixels, the samples have {resolution}: "
-            "use the reference of the samples' resolution"
-        )
     stage = _stage(config, network, images, "adm")
-    widths = stage.spec.manifest["widths"]
-    for mean, part in ((statistics.mu, "pool"), (statistics.mu_s, "spatial")):
-        if mean is not None and widths[part] not in (0, len(mean)):
-            raise MismatchError(
-                f"{path} has {part} statistics of width {len(mean)}, network {network} gives "
-                f"{widths[part]}: use the network that the reference was made with"
-            )
+    fits = {**stage.spec.manifest, "resolution": resolution}
+    _check_adm(path, statistics, images.resolution, fits)
     judged = run_judge(stage, executor, progress)
     about = {
         "name": path.name,
@@ -238,6 +269,29 @@ def _of_adm(
         judged.first_pool(config.reference_images),
         about,
     )
+
+
+def _check_adm(
+    path: Path,
+    statistics: ReferenceStatistics,
+    resolution: int,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Raises MismatchError where ADM's file, of images of `resolution` pixels, is not for features
+    of this manifest."""
+    if resolution != manifest["resolution"]:
+        raise MismatchError(
+            f"{path} holds images of {resolution} pixels, the samples have "
+            f"{manifest['resolution']}: use the reference of the samples' resolution"
+        )
+    widths = manifest["widths"]
+    for mean, part in ((statistics.mu, "pool"), (statistics.mu_s, "spatial")):
+        if mean is not None and widths[part] not in (0, len(mean)):
+            raise MismatchError(
+                f"{path} has {part} statistics of width {len(mean)}, network "
+                f"{manifest['network']} gives {widths[part]}: use the network that the reference "
+                "was made with"
+            )
 
 
 def _reduced(

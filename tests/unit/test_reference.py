@@ -297,17 +297,25 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def repa(line: str) -> list[str]:
+    def repa(line: str, code: int = 0) -> list[str]:
         with pytest.raises(SystemExit) as caught:
             main(line.split())
-        assert caught.value.code == 0, capsys.readouterr().err
-        return list(capsys.readouterr().out.splitlines())
+        printed = capsys.readouterr()
+        assert caught.value.code == code, printed.err
+        return list((printed.err if code else printed.out).splitlines())
 
     line = f"reference --source {base}/val --network digits-cnn --resolution 64 --device cpu"
     line += " --threads 1 --adm-npz out.npz --reference-images 20"
     assert repa(line + " --dry-run") == [
         f"would make a reference of {base}/val at 64 pixels with digits-cnn"
     ]
+    for flags, words in (
+        ("--source nowhere", "nowhere"),
+        ("--adm none.npz", "none.npz"),
+        ("--network-weights none.pt", "no weights file at none.pt"),
+    ):
+        (said_of_it,) = repa(f"{line} {flags} --dry-run", code=2)
+        assert words in said_of_it
     said = repa(line)
     file = "repa-workspace/references/val.digits-cnn.64.npz"
     assert said[0].startswith(f"made: {file} (val, 80 images of 64 pixels, network digits-cnn, 20 ")

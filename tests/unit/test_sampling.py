@@ -441,7 +441,7 @@ def test_the_command(
     said = repa(line)
     assert "6 images, sde 4 steps, cfg 1.8 on t in [0, 0.7]" in said
     assert "output: out" in said and "made: out/samples.npz" in said
-    assert said.rstrip().endswith("next: repa evaluate")
+    assert said.rstrip().endswith("next: repa evaluate --samples out")
     assert "nothing to do" in repa(line)
     seal = json.loads((tmp_path / "out" / "images" / "seal.json").read_text())
     assert seal["num_rows"] == 6 and len(seal["shards"]) == 2
