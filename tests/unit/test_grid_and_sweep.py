@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from repa_pipeline.cli import main
 from repa_pipeline.commands_pictures import guidances
+from repa_pipeline.models import MODELS, build_model
 from repa_pipeline.stages.sample import open_samples, read_settings, sample_blocks
 from repa_pipeline.testing.caches import isolated_tables
 from repa_pipeline.testing.sampling import make_samples, toy_sample_config, write_toy_runs
 from repa_pipeline.training.runs import Run
 
 SIDE, GAP = 64, 2
+SCORING = ("--network=digits-cnn", "--is-split=12", "--kid-subsets=0", "--device=cpu")
 COMMON = ("--device=cpu", "--threads=1", "--num-steps=4", "--shard-rows=5", "--seed=3")
 
 
@@ -125,25 +128,57 @@ def test_a_weaker_checkpoint_guides_what_is_guided(
     assert read_settings(str(auto / "samples" / "1"))["guide"]["step"] == 12
 
 
-def test_a_sweep_has_the_scores_of_single_commands(
+def test_a_grid_of_other_rows_keeps_the_page_that_was_there(
+    workspace: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "grid"
+    arguments = ("--run=first", "--classes=0", "--per-class=2", f"--output={folder}")
+    assert run("grid", workspace, *arguments, "--cfg=1,2") == 0
+    before = {name: (folder / name).read_bytes() for name in ("index.html", "grid.png")}
+    assert run("grid", workspace, *arguments, "--cfg=1") == 0
+    (page,), (picture,) = folder.glob("index.*.html"), folder.glob("grid.*.png")
+    assert (page.read_bytes(), picture.read_bytes()) == tuple(before.values())
+    assert (folder / "grid.png").read_bytes() != before["grid.png"]
+    assert run("grid", workspace, *arguments, "--cfg=1,2") == 0
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert len(list(folder.glob("index.*.html"))) == 2
+
+
+def test_a_grid_of_checkpoints_of_other_images(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    theirs = tmp_path / "theirs.pt"
+    network = build_model(MODELS["SiT-XS/2"], input_size=4, in_channels=4, num_classes=3)
+    torch.save(network.state_dict(), theirs)
+    given = ("--run=first", f"--checkpoint={theirs}", "--num-heads=4", f"--output={tmp_path}/grid")
+    assert run("grid", workspace, *given) == 2
+    assert "has resolution 64, " in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> str:
+    """Of twelve pictures of noise, by the digits' network."""
     source = tmp_path / "source" / "0"
     source.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for number in range(12):
         pixels = generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(source / f"{number}.png")
-    reference = str(tmp_path / "reference.npz")
-    scoring = ("--network=digits-cnn", "--is-split=12", "--kid-subsets=0", "--device=cpu")
-    made = ("--resolution=64", f"--source={source.parent}", f"--output={reference}")
-    space = f"--workspace={tmp_path}"
-    assert repa("reference", space, *scoring, *made) == 0
-    folder = tmp_path / "sweep"
-    few = (*scoring, "--allow-few", f"--reference={reference}")
+    path = str(tmp_path / "reference.npz")
+    made = ("--resolution=64", f"--source={source.parent}", f"--output={path}")
+    assert repa("reference", f"--workspace={tmp_path}", *SCORING, *made) == 0
+    return path
+
+
+def test_a_sweep_has_the_scores_of_single_commands(
+    workspace: Path, reference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space, folder = f"--workspace={tmp_path}", tmp_path / "sweep"
+    few = (*SCORING, "--allow-few", f"--reference={reference}")
     arguments = (*few, "--run=first", "--cfg=1,3", "--interval=0,0.5:1:0.5", "--num-images=12")
     assert run("sweep", workspace, *arguments, "--batch-size=4", f"--output={folder}") == 0
-    points = json.loads((folder / "sweep.json").read_bytes())
+    points = json.loads((folder / "sweep.json").read_bytes())["points"]
     assert [(p["cfg"], tuple(p["interval"])) for p in points] == guidances("1,3", "0,0.5:1:0.5")
     alone = tmp_path / "alone"
     images_of(workspace, alone, run="first", cfg=3.0, interval=(0.0, 0.5), num_images=12)
@@ -156,3 +191,48 @@ def test_a_sweep_has_the_scores_of_single_commands(
     assert f"least {result['kind']}: {least:.4g} with " in said
     page = (folder / "index.html").read_text()
     assert all(f"{p['metrics']['frechet_distance']:.4g}" in page for p in points)
+
+
+def test_sweeps_of_other_guidances_share_points_and_keep_pages(
+    workspace: Path, reference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    given = (*SCORING, "--allow-few", f"--reference={reference}", "--run=first", "--num-images=12")
+    given += ("--batch-size=4", f"--output={folder}", "--interval=0,0.5")
+    assert run("sweep", workspace, *given, "--cfg=1,2") == 0
+    before = {name: (folder / name).read_bytes() for name in ("index.html", "sweep.json")}
+    capsys.readouterr()
+    assert run("sweep", workspace, *given, "--cfg=2,3") == 0
+    assert capsys.readouterr().out.count("nothing to do") == 1
+    (page,), (told,) = folder.glob("index.*.html"), folder.glob("sweep.*.json")
+    assert (page.read_bytes(), told.read_bytes()) == tuple(before.values())
+    points = json.loads((folder / "sweep.json").read_bytes())["points"]
+    assert [p["cfg"] for p in points] == [2, 3]
+    assert run("sweep", workspace, *given, "--cfg=1,2") == 0
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--allow-few --reference=none.npz", "no reference file none.npz"),
+        ("--no-allow-few", "Fréchet distance of 12 samples in 64 pool features: expected at least"),
+        ("--network=mobilenet-v1", "network 'mobilenet-v1' loads from a local file only"),
+        ("--allow-few --network=encoder:digits-vit", "was made with network digits-cnn"),
+        ("--allow-few --checkpoint=none.pt", "no checkpoint none.pt"),
+    ],
+)
+def test_a_sweep_that_cannot_be_scored_samples_nothing(
+    workspace: Path,
+    reference: str,
+    tmp_path: Path,
+    flags: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "sweep"
+    given = (*SCORING, f"--reference={reference}", "--num-images=12", f"--output={folder}")
+    for dry in ((), ("--dry-run",)):
+        assert run("sweep", workspace, "--run=first", *given, *flags.split(), *dry) == 2
+        assert said in capsys.readouterr().err
+    assert not folder.exists()
