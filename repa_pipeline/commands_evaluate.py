@@ -87,15 +87,14 @@ def reference(config: ReferenceConfig) -> None:
 
 def certify(config: CertifyConfig) -> None:
     """`repa certify`."""
-    from repa_pipeline.stages.certify import PARTS, lines
+    from repa_pipeline.stages.certify import PARTS, lines, why_not
     from repa_pipeline.stages.certify import certify as run
     from repa_pipeline.stages.evaluate import evaluate as score
 
     if config.dry_run:
         for part in PARTS:
-            given = getattr(config, part.samples) or (part.guidance and config.checkpoint)
-            ready = bool(given and config.adm_reference)
-            say(f"would {'run' if ready else 'not run'} {part.name}")
+            because = why_not(config, part)
+            say(f"would run {part.name}" if because is None else f"NOT RUN  {part.name}: {because}")
         return
     result = run(
         config,
