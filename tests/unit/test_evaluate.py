@@ -279,7 +279,9 @@ def test_an_npz_scores_as_the_folder_does(base: Path, tmp_path: Path) -> None:
     assert evaluate(config, Silent())["metrics"] == folder["metrics"]
 
 
-@pytest.mark.parametrize("settings", ["not JSON", "[1]", np.array({"cfg": 2}, dtype=object)])
+@pytest.mark.parametrize(
+    "settings", ["not JSON", "[1]", '{"cfg": 2}', np.array({"cfg": 2}, dtype=object)]
+)
 def test_settings_in_somebody_elses_npz_are_not_ours(
     base: Path, tmp_path: Path, settings: Any
 ) -> None:

@@ -92,9 +92,10 @@ def test_every_form_gives_the_same_numbers(base: Path, tmp_path: Path) -> None:
     rows = rows_of(base / "folder")
 
     np.savez(tmp_path / "plain.npz", arr_0=IMAGES)
-    np.savez(tmp_path / "said.npz", arr_0=IMAGES, settings=np.array(json.dumps(SETTINGS)))
+    told = json.dumps({"kind": "samples", **SETTINGS})
+    np.savez(tmp_path / "said.npz", arr_0=IMAGES, settings=np.array(told))
     tars = write_tars(tmp_path / "tars", IMAGES)
-    (tars / "settings.json").write_text(json.dumps(SETTINGS))
+    (tars / "settings.json").write_text(told)
     known = {"plain.npz": None, "said.npz": 1.5, "tars": 1.5}
     for name, cfg in known.items():
         features = tmp_path / f"features-{name}"
@@ -109,6 +110,10 @@ def test_every_form_gives_the_same_numbers(base: Path, tmp_path: Path) -> None:
     pattern = str(tars / "{000000,000040}.tar")
     found = evaluate(config_of(base, pattern, output=str(tmp_path / "r.json")), Silent())
     assert found["metrics"] == want["metrics"] and found["sample_settings"] is None
+    for text in ('{"cfg": 9, "kind": "workflow"}', "not JSON"):  # somebody else's
+        (tars / "settings.json").write_text(text)
+        found = evaluate(config_of(base, tars, output=str(tmp_path / "other.json")), Silent())
+        assert found["sample_settings"] is None
 
 
 def test_jpeg_pictures_are_scored_as_they_are(base: Path, tmp_path: Path) -> None:
