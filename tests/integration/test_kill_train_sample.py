@@ -1,5 +1,4 @@
-"""SIGKILL `repa train`, `sample` and `sweep` at seeded moments: a rerun ends where none would
-have."""
+"""SIGKILL `repa train` and `repa sample` at seeded moments: a rerun ends where none would have."""
 
 from __future__ import annotations
 
@@ -12,10 +11,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from repa_pipeline.cli import main
 from repa_pipeline.observe import read_events
@@ -179,37 +176,3 @@ def test_killed_sampling(project: Path) -> None:
     assert {"samples.npz", "grid.png", "000005.tar"} <= {path.name for path in files}
     for path in files:
         assert (folder / path).read_bytes() == (undisturbed / path).read_bytes(), path
-
-
-def test_a_killed_sweep(project: Path) -> None:
-    """Killed in the samples of its second point, and again in those of its third."""
-    generator = np.random.default_rng(0)
-    for number in range(12):
-        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        path = project / "pictures" / "0" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    scoring = "--network digits-cnn --kid-subsets 0 --is-split 8"
-    finish(f"reference --source pictures --resolution 64 --output pictures.npz {scoring}")
-
-    def line(name: str) -> str:
-        given = "--run whole --cfg 1,1.5,2 --interval 0,0.7 --num-images 16 --num-steps 20"
-        given += f" --batch-size 4 --shard-rows 4 --reference pictures.npz --allow-few {scoring}"
-        return f"sweep {given} --output sweeps/{name}"
-
-    finish(line("whole"))
-    folder, undisturbed = project / "sweeps" / "killed", project / "sweeps" / "whole"
-    for point in ("cfg1.5-0-0.7", "cfg2-0-0.7"):
-        ledger = folder / "samples" / point / "ledger"
-        kill_when(line("killed"), lambda at=ledger: len(list(at.rglob("*.json"))) >= 2)
-        assert not list(folder.glob(f"samples/{point}/judge.*/seal.json"))
-        assert not (folder / "index.html").exists()
-    finish(line("killed"))
-
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    others = (path for path in undisturbed.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(undisturbed) for path in others)
-    assert {"index.html", "sweep.json", "result.json"} <= {path.name for path in files}
-    for path in files:
-        found = (folder / path).read_bytes().replace(b"sweeps/killed", b"sweeps/whole")
-        assert found == (undisturbed / path).read_bytes(), path

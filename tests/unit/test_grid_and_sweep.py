@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -236,3 +240,38 @@ def test_a_sweep_that_cannot_be_scored_samples_nothing(
         assert run("sweep", workspace, "--run=first", *given, *flags.split(), *dry) == 2
         assert said in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_killed_sweep_goes_on_to_the_same_bytes(
+    workspace: Path, reference: str, tmp_path: Path
+) -> None:
+    """SIGKILL in the samples of its second point, whose ledger then says what stands."""
+    given = (*SCORING, "--allow-few", f"--reference={reference}", "--run=first", "--num-images=20")
+    given += ("--batch-size=4", "--cfg=1,2,3", "--interval=0,0.5", "--num-steps=20")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    point = killed / "samples" / "cfg2-0-0.5"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("REPA_")}
+    environment["PYTHONPATH"] = f"{Path(__file__).resolve().parents[2]}:{workspace}"
+    line = ["sweep", f"--workspace={workspace}", *COMMON, *given, f"--output={killed}"]
+    with open(tmp_path / "said.txt", "w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "repa_pipeline", *line],
+            cwd=tmp_path, env=environment, stdout=said, stderr=said,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(list(point.glob("ledger/*/*.json"))) < 2:
+            assert process.poll() is None, (tmp_path / "said.txt").read_text()
+            assert time.monotonic() < deadline, "it does not happen"
+            time.sleep(0.002)
+        process.kill()
+        process.wait(60)
+    assert not list(point.glob("judge.*/seal.json")) and not (killed / "index.html").exists()
+    for folder in (killed, whole):
+        assert run("sweep", workspace, *given, f"--output={folder}") == 0
+    files = sorted(path.relative_to(killed) for path in killed.rglob("*") if path.is_file())
+    others = (path for path in whole.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(whole) for path in others)
+    assert {"index.html", "sweep.json", "result.json"} <= {path.name for path in files}
+    for path in files:
+        found = (killed / path).read_bytes().replace(bytes(killed), bytes(whole))
+        assert found == (whole / path).read_bytes(), path
