@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,12 @@ def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
 
 def _of_npz(config: EvaluateConfig, network: str, path: Path) -> ScoredSamples:
     images = adm_images(path)
+    with zipfile.ZipFile(path) as archive:
+        if "mu.npy" in archive.namelist():
+            raise DataError(
+                f"{path} holds statistics (mu) beside its images: it is a reference, and the ADM "
+                "suite would score those; give it as --reference, or a file of images alone"
+            )
     features = path.with_suffix(".features") / images.sha256[:12]
     result = path.with_suffix(".result.json")
     settings = _read_settings(read_adm_settings(path))

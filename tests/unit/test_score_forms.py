@@ -228,6 +228,8 @@ def test_forms_that_cannot_be_scored(base: Path, tmp_path: Path) -> None:
     (tmp_path / "torn.npz").write_bytes(data)
     with pytest.raises(DamagedError, match=r"cannot read .*torn.npz"):
         evaluate(config_of(base, tmp_path / "torn.npz"), Silent())
+    with pytest.raises(DataError, match=r"reference.npz holds statistics \(mu\) beside its images"):
+        evaluate(config_of(base, base / "reference.npz"), Silent())
     with pytest.raises(MissingError, match="no tar at "):
         evaluate(config_of(base, tmp_path / "absent" / "{0..1}.tar"), Silent())
     folder = write_sample_folder(tmp_path / "samples", IMAGES)
