@@ -21,11 +21,7 @@ from repa_pipeline.data.objects import LocalStore, ObjectStore, open_store
 from repa_pipeline.engine.contracts import Executor, split_rows
 from repa_pipeline.engine.run import Progress
 from repa_pipeline.errors import MismatchError, MissingError, RepaError
-from repa_pipeline.metrics.adm_file import (
-    ReferenceStatistics,
-    adm_shape,
-    read_reference_statistics,
-)
+from repa_pipeline.metrics.adm_file import adm_shape, read_reference_statistics
 from repa_pipeline.metrics.adm_reference import write_adm_reference
 from repa_pipeline.metrics.networks import is_published
 from repa_pipeline.metrics.statistics import RunningStatistics
@@ -37,6 +33,8 @@ from repa_pipeline.stages.judge_stage import JudgeStage, run_judge
 from repa_pipeline.stages.reference_file import (
     Reference,
     about_of,
+    check_adm,
+    check_fits,
     is_own,
     pack_reference,
     read_reference,
@@ -99,7 +97,7 @@ def find_reference(
     if not is_own(path):
         return _of_adm(config, path, network, resolution, executor, progress)
     reference = read_reference(path)
-    _check_fits(path, reference.about, network, weights_sha256, resolution)
+    check_fits(path, reference.about, network, weights_sha256, resolution)
     return reference
 
 
@@ -113,10 +111,10 @@ def check_reference(config: EvaluateConfig, manifest: Mapping[str, Any]) -> None
     path = Path(config.reference)
     if is_own(path):
         about = read_reference(path).about
-        _check_fits(path, about, network, manifest["weights_sha256"], resolution)
+        check_fits(path, about, network, manifest["weights_sha256"], resolution)
         return
     statistics, (_, height, *_) = read_reference_statistics(path), adm_shape(path)
-    _check_adm(path, statistics, height, manifest)
+    check_adm(path, statistics, height, manifest)
 
 
 def check_reference_inputs(config: ReferenceConfig) -> None:
@@ -249,7 +247,7 @@ def _of_adm(
     images = adm_images(path, config.reference_images)
     stage = _stage(config, network, images, "adm")
     fits = {**stage.spec.manifest, "resolution": resolution}
-    _check_adm(path, statistics, images.resolution, fits)
+    check_adm(path, statistics, images.resolution, fits)
     judged = run_judge(stage, executor, progress)
     about = {
         "name": path.name,
@@ -269,29 +267,6 @@ def _of_adm(
         judged.first_pool(config.reference_images),
         about,
     )
-
-
-def _check_adm(
-    path: Path,
-    statistics: ReferenceStatistics,
-    resolution: int,
-    manifest: Mapping[str, Any],
-) -> None:
-    """Raises MismatchError where ADM's file, of images of `resolution` pixels, is not for features
-    of this manifest."""
-    if resolution != manifest["resolution"]:
-        raise MismatchError(
-            f"{path} holds images of {resolution} pixels, the samples have "
-            f"{manifest['resolution']}: use the reference of the samples' resolution"
-        )
-    widths = manifest["widths"]
-    for mean, part in ((statistics.mu, "pool"), (statistics.mu_s, "spatial")):
-        if mean is not None and widths[part] not in (0, len(mean)):
-            raise MismatchError(
-                f"{path} has {part} statistics of width {len(mean)}, network "
-                f"{manifest['network']} gives {widths[part]}: use the network that the reference "
-                "was made with"
-            )
 
 
 def _reduced(
@@ -355,23 +330,6 @@ def _unless_made_meanwhile(store: ObjectStore, key: str) -> Iterator[None]:
 def _source_of(index: Index) -> dict[str, Any]:
     manifest = index.manifest
     return {key: manifest[key] for key in ("source", "rows_digest", "decode")}
-
-
-def _check_fits(
-    path: Path, about: Mapping[str, Any], network: str, weights_sha256: str, resolution: int
-) -> None:
-    made = about["network"]
-    if (made["name"], made["weights_sha256"]) != (network, weights_sha256):
-        raise MismatchError(
-            f"{path} was made with network {made['name']} (weights {made['weights_sha256'][:12]}), "
-            f"this is {network} ({weights_sha256[:12]}): use the network and the weights that the "
-            "reference was made with"
-        )
-    if about["resolution"] != resolution:
-        raise MismatchError(
-            f"{path} is of images of {about['resolution']} pixels, the samples have {resolution}: "
-            "use the reference of the samples' resolution"
-        )
 
 
 def _index_for(
