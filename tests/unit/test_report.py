@@ -589,6 +589,7 @@ def test_speed_and_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatc
 def score(step: int, distance: float, **changes: Any) -> dict[str, Any]:
     how = {"num_samples": 100, "network": "digits-cnn", "reference": "the source", "path": "x"}
     numbers = {"eval/frechet_distance": distance, "eval/recall": distance / 100}
+    numbers |= {"eval/kid": 0.1, "eval/spatial_frechet_distance": 50.0}
     return {"event": "evaluation", "step": step, **how, **numbers, **changes}
 
 
@@ -618,7 +619,8 @@ def test_scores_on_the_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
         {"aligned": ([50, 100], [40.0, 20.0]), "plain": ([100], [30.0])},
         {"aligned": ([200], [5.0])},
     ]
-    assert [title for title, _ in shown][-4:] == ["Fréchet distance", "Recall"] * 2
+    titles = ["Fréchet distance", "KID", "Recall", "Spatial Fréchet distance"]
+    assert [title for title, _ in shown][-8:] == titles * 2
     # A score after the last interval hides none of its losses.
     assert read_runs(_config(tmp_path))[0].last().keys() >= {"loss", "denoising", "grad_norm"}
 
