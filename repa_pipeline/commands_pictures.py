@@ -117,7 +117,10 @@ def sweep(config: SweepConfig) -> None:
         f"in {folder}"
     )
     settings = [_point_config(config, checkpoint, network, folder, pair) for pair in pairs]
-    _check_scoring(config, sample_stage(settings[0]))
+    first = sample_stage(settings[0])
+    _check_scoring(config, first)
+    evaluations = sum(_evaluations(first.config.sampler, point) for point in settings)
+    say(f"{evaluations * config.num_images:,} model evaluations in all")
     if config.dry_run:
         return
     scored = [_scored(config, make_samples(point)) for point in settings]
@@ -140,6 +143,21 @@ def _point_config(
         network_weights=config.network_weights,
         any_weights=config.any_weights,
         output=str(folder / "samples" / f"cfg{cfg:g}-{interval[0]:g}-{interval[1]:g}"),
+    )
+
+
+def _evaluations(sampler: str, point: SampleConfig) -> int:
+    """Forward passes of an image, of the weaker model too."""
+    from repa_pipeline.diffusion.guidance import count_evaluations
+
+    return sum(
+        count_evaluations(
+            sampler,
+            point.num_steps,
+            autoguided=point.guide_checkpoint is not None,
+            scale=point.cfg,
+            interval=point.interval,
+        )
     )
 
 

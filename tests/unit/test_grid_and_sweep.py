@@ -207,7 +207,10 @@ def test_sweeps_of_other_guidances_share_points_and_keep_pages(
     before = {name: (folder / name).read_bytes() for name in ("index.html", "sweep.json")}
     capsys.readouterr()
     assert run("sweep", workspace, *given, "--cfg=2,3") == 0
-    assert capsys.readouterr().out.count("nothing to do") == 1
+    said = capsys.readouterr().out
+    assert said.count("nothing to do") == 1
+    # Of 4 SDE steps at 1, 0.68, 0.36 and 0.04 two lie in [0, 0.5]: 6 evaluations an image.
+    assert "\n144 model evaluations in all\n" in said
     (page,), (told,) = folder.glob("index.*.html"), folder.glob("sweep.*.json")
     assert (page.read_bytes(), told.read_bytes()) == tuple(before.values())
     points = json.loads((folder / "sweep.json").read_bytes())["points"]
