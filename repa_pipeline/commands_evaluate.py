@@ -16,17 +16,22 @@ from repa_pipeline.observe import progress_for_stream
 
 def evaluate(config: EvaluateConfig) -> None:
     """`repa evaluate`."""
+    from repa_pipeline.metrics.networks import Widths
     from repa_pipeline.metrics.published import comparison_lines
     from repa_pipeline.stages.evaluate import evaluate as score
     from repa_pipeline.stages.evaluate import summary
-    from repa_pipeline.stages.reference import settle_network
+    from repa_pipeline.stages.reference import check_reference, settle_network
     from repa_pipeline.stages.scored_samples import find_samples, open_scored_samples
+    from repa_pipeline.stages.scores import check_counts
 
     if config.dry_run:
         network = settle_network(config, config.reference)
         reference = config.reference or "statistics of the training source"
         say(f"would score {find_samples(config)} with {network} against {reference}")
         samples = open_scored_samples(config, network)
+        manifest = samples.spec.manifest
+        check_counts(config, samples.spec.num_rows, Widths(**manifest["widths"]))
+        check_reference(config, manifest)
         if samples.stage:
             (output,) = samples.stage.outputs
             describe(output, ledger_of(output.store, output))
@@ -44,18 +49,26 @@ def _written(config: EvaluateConfig) -> str | None:
     """The folder that features go to or below, None for the workspace's."""
     from repa_pipeline.stages.scored_samples import find_samples
 
-    where = Path(config.features or find_samples(config))
-    if where.is_dir() or config.features:
+    if config.features:
+        return config.features
+    where = Path(find_samples(config))
+    if where.is_dir():
         return str(where)
     return str(where.parent) if where.is_file() else None
 
 
 def reference(config: ReferenceConfig) -> None:
     """`repa reference`."""
-    from repa_pipeline.stages.reference import make_reference, settle_network, write_adm_layout
+    from repa_pipeline.stages.reference import (
+        check_reference_inputs,
+        make_reference,
+        settle_network,
+        write_adm_layout,
+    )
 
     network = settle_network(config, config.adm)
     if config.dry_run:
+        check_reference_inputs(config)
         what = config.adm or f"{config.source} at {config.resolution} pixels"
         say(f"would make a reference of {what} with {network}")
         return
@@ -74,15 +87,14 @@ def reference(config: ReferenceConfig) -> None:
 
 def certify(config: CertifyConfig) -> None:
     """`repa certify`."""
-    from repa_pipeline.stages.certify import PARTS, lines
+    from repa_pipeline.stages.certify import PARTS, lines, why_not
     from repa_pipeline.stages.certify import certify as run
     from repa_pipeline.stages.evaluate import evaluate as score
 
     if config.dry_run:
         for part in PARTS:
-            given = getattr(config, part.samples) or (part.guidance and config.checkpoint)
-            ready = bool(given and config.adm_reference)
-            say(f"would {'run' if ready else 'not run'} {part.name}")
+            because = why_not(config, part)
+            say(f"would run {part.name}" if because is None else f"NOT RUN  {part.name}: {because}")
         return
     result = run(
         config,

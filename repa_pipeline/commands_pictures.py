@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,10 @@ from repa_pipeline.config_evaluate import EvaluateConfig, ScoreConfig
 from repa_pipeline.config_pictures import GridConfig, SweepConfig
 from repa_pipeline.config_sample import DrawConfig, SampleConfig
 from repa_pipeline.data.array import fingerprint
-from repa_pipeline.data.objects import LocalStore, json_bytes
-from repa_pipeline.errors import ConfigError
+from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
+from repa_pipeline.errors import ConfigError, MismatchError
 from repa_pipeline.observe import progress_for_stream
-from repa_pipeline.pictures import save_png, tiled
+from repa_pipeline.pictures import png_bytes, tiled
 from repa_pipeline.ranges import intervals, numbers
 from repa_pipeline.report_pictures import (
     DISTANCE,
@@ -57,11 +59,9 @@ def guidances(cfg: str, interval: str) -> list[Guidance]:
 
 def grid(config: GridConfig) -> None:
     """`repa grid`."""
-    from repa_pipeline.stages.sample_checkpoint import read_checkpoint
-
     checkpoints = _checkpoints(config)
     pairs = guidances(config.cfg, config.interval)
-    about = read_checkpoint(_sample_config(config), checkpoints[0]).about
+    about = _about_all(config, checkpoints)
     num_classes = about["inputs"]["num_classes"]
     classes = config.classes or _evenly(num_classes)
     _check_classes(classes, num_classes)
@@ -78,6 +78,7 @@ def grid(config: GridConfig) -> None:
     # Classes in turn: sample k is of class k modulo their number, in every row.
     _put(labels, "".join(f"{label}\n" for label in [*classes] * config.per_class))
     rows: list[GridRow] = []
+    recipe: list[Any] = [classes, config.per_class]
     for checkpoint, (cfg, interval) in itertools.product(checkpoints, pairs):
         settings = _sample_config(
             config,
@@ -91,11 +92,13 @@ def grid(config: GridConfig) -> None:
             grid=0,
             output=str(folder / "samples" / f"{len(rows)}"),
         )
-        rows.append(_row(make_samples(settings), len(classes)))
+        stage = make_samples(settings)
+        rows.append(_row(stage, len(classes)))
+        recipe.append(stage.spec.fingerprint)
     names = [_class_name(about["class_names"], number) for number in classes]
     page = grid_page("Samples at the same seeds", rows, names, config.per_class, config.seed)
-    _put(folder / "index.html", page)
-    save_png(folder / "grid.png", tiled([row.images for row in rows]))
+    picture = png_bytes(tiled([row.images for row in rows]))
+    _publish(folder, "grid", recipe, {"index.html": page.encode(), "grid.png": picture})
     say(f"picture: {folder / 'grid.png'}, a row a checkpoint and guidance")
     say(f"page: {folder / 'index.html'}")
 
@@ -103,6 +106,7 @@ def grid(config: GridConfig) -> None:
 def sweep(config: SweepConfig) -> None:
     """`repa sweep`."""
     from repa_pipeline.stages.reference import settle_network
+    from repa_pipeline.stages.sample_plan import sample_stage
 
     pairs = guidances(config.cfg, config.interval)
     checkpoint = config.checkpoint or str(find_run(config, config.run).newest_checkpoint())
@@ -112,50 +116,116 @@ def sweep(config: SweepConfig) -> None:
         f"sweep: {len(pairs)} guidances, {config.num_images:,} samples each, scored by {network}, "
         f"in {folder}"
     )
+    settings = [_point_config(config, checkpoint, network, folder, pair) for pair in pairs]
+    first = sample_stage(settings[0])
+    _check_scoring(config, first)
+    evaluations = sum(_evaluations(first.config.sampler, point) for point in settings)
+    say(f"{evaluations * config.num_images:,} model evaluations in all")
     if config.dry_run:
         return
-    points = []
-    for cfg, interval in pairs:
-        settings = _sample_config(
-            config,
-            checkpoint=checkpoint,
-            cfg=cfg,
-            interval=interval,
-            labels=config.labels,
-            num_images=config.num_images,
-            score=(network,),
-            network_weights=config.network_weights,
-            any_weights=config.any_weights,
-            output=str(folder / "samples" / f"cfg{cfg:g}-{interval[0]:g}-{interval[1]:g}"),
+    scored = [_scored(config, make_samples(point)) for point in settings]
+    _finish_sweep(folder, scored, network)
+
+
+def _point_config(
+    config: SweepConfig, checkpoint: str, network: str, folder: Path, pair: Guidance
+) -> SampleConfig:
+    """The samples of one guidance, as features alone."""
+    cfg, interval = pair
+    return _sample_config(
+        config,
+        checkpoint=checkpoint,
+        cfg=cfg,
+        interval=interval,
+        labels=config.labels,
+        num_images=config.num_images,
+        score=(network,),
+        network_weights=config.network_weights,
+        any_weights=config.any_weights,
+        output=str(folder / "samples" / f"cfg{cfg:g}-{interval[0]:g}-{interval[1]:g}"),
+    )
+
+
+def _evaluations(sampler: str, point: SampleConfig) -> int:
+    """Forward passes of an image, of the weaker model too."""
+    from repa_pipeline.diffusion.guidance import count_evaluations
+
+    return sum(
+        count_evaluations(
+            sampler,
+            point.num_steps,
+            autoguided=point.guide_checkpoint is not None,
+            scale=point.cfg,
+            interval=point.interval,
         )
-        points.append(_scored(config, make_samples(settings)))
-    _finish_sweep(folder, points, network)
+    )
 
 
-def _scored(config: SweepConfig, stage: SampleStage) -> SweepPoint:
-    """The score of samples whose features stand."""
+def _check_scoring(config: SweepConfig, stage: SampleStage) -> None:
+    """Raises for a score that would be refused, before hours of sampling for it."""
+    from repa_pipeline.metrics.networks import Widths
+    from repa_pipeline.stages.reference import check_reference
+    from repa_pipeline.stages.scores import check_counts
+
+    manifest = stage.judges[0].manifest
+    check_counts(config, stage.recipe["num_images"], Widths(**manifest["widths"]))
+    check_reference(_scoring(config, stage.output), manifest)
+
+
+def _scoring(config: SweepConfig, samples: str) -> EvaluateConfig:
+    given = {**_shared(config, ScoreConfig), "batch_size": 0}  # sampling has one of that name
+    return EvaluateConfig(**given, samples=samples, reference=config.reference)
+
+
+def _scored(config: SweepConfig, stage: SampleStage) -> tuple[SweepPoint, Any]:
+    """The score of samples whose features stand, and what decides it."""
     from repa_pipeline.stages.evaluate import evaluate, summary
 
-    given = {**_shared(config, ScoreConfig), "batch_size": 0}  # sampling has one of that name
-    scoring = EvaluateConfig(**given, samples=stage.output, reference=config.reference)
+    scoring = _scoring(config, stage.output)
     result = evaluate(scoring, progress_for_stream(), choose_executor(scoring))
     errors = {name: error["value"] for name, error in result["standard_errors"].items()}
     cfg, interval = stage.config.cfg, stage.config.interval
     point = SweepPoint(cfg, interval, result["metrics"], errors, result["kind"], stage.output)
     say(f"{point.name}: {summary(result)}")
-    return point
+    return point, result["recipe"]
 
 
-def _finish_sweep(folder: Path, points: Sequence[SweepPoint], network: str) -> None:
+def _finish_sweep(folder: Path, scored: Sequence[tuple[SweepPoint, Any]], network: str) -> None:
     from repa_pipeline.stages.sample import read_settings
 
-    _put(folder / "sweep.json", json_bytes([dataclasses.asdict(point) for point in points]))
+    points = [point for point, _ in scored]
     alike = read_settings(points[0].samples)
     about = {k: v for k, v in alike.items() if k not in ("cfg", "interval")}
-    _put(folder / "index.html", sweep_page("Guidance sweep", points, {**about, "network": network}))
+    page = sweep_page("Guidance sweep", points, {**about, "network": network})
+    files = {"index.html": page.encode()}
+    recipe = [recipe for _, recipe in scored]
+    _publish(folder, "sweep", recipe, files, points=[dataclasses.asdict(p) for p in points])
     best = best_point(points)
     say(f"least {best.kind}: {best.metric(DISTANCE):.4g} with {best.name}")
     say(f"page: {folder / 'index.html'}")
+
+
+def _publish(
+    folder: Path, name: str, recipe: Sequence[Any], files: Mapping[str, bytes], **told: Any
+) -> None:
+    """Writes a page's files, and NAME.json that says what they are of.
+
+    A page of other settings that stands there is kept beside, under a digest of its own; NAME.json
+    moves last and is written first, so that after a kill every file is still told from others.
+    """
+    store, key = LocalStore(str(folder)), f"{name}.json"
+    said = json_bytes({"recipe": recipe, **told})
+    standing = {} if store.size(key) is None else get_json(store, key)
+    if standing and standing["recipe"] != json.loads(said)["recipe"]:
+        digest = fingerprint({"recipe": standing["recipe"]})[:8]
+        for file in (*files, key):
+            if store.size(file) is not None:
+                stem, _, kind = file.partition(".")
+                os.replace(folder / file, folder / f"{stem}.{digest}.{kind}")
+                say(f"kept: {folder / f'{stem}.{digest}.{kind}'}, of other settings")
+    store.put(key, said)
+    for file, data in files.items():
+        store.put(file, data)
 
 
 def _checkpoints(config: GridConfig) -> list[str]:
@@ -164,8 +234,28 @@ def _checkpoints(config: GridConfig) -> list[str]:
     return list(dict.fromkeys(given)) or [str(find_run(config, None).newest_checkpoint())]
 
 
+def _about_all(config: GridConfig, checkpoints: Sequence[str]) -> Mapping[str, Any]:
+    """What the first checkpoint says of itself; raises MismatchError where the others are of other
+    images or classes."""
+    from repa_pipeline.stages.sample_checkpoint import read_checkpoint
+
+    abouts = [read_checkpoint(_sample_config(config), where).about for where in checkpoints]
+    for where, about in zip(checkpoints, abouts, strict=True):
+        for name in ("resolution", "num_classes"):
+            got, expected = about["inputs"][name], abouts[0]["inputs"][name]
+            if got != expected:
+                raise MismatchError(
+                    f"{where} has {name} {got}, {checkpoints[0]} has {expected}: a grid shows one "
+                    "kind of images; make a grid of each"
+                )
+    return abouts[0]
+
+
 def _sample_config(config: DrawConfig, **changes: Any) -> SampleConfig:
-    return SampleConfig(**{**_shared(config, DrawConfig), **changes})
+    settings = {**_shared(config, DrawConfig), **changes}
+    if settings.get("cfg") == 1:  # the rest is guided, this one has nothing that could be
+        settings["guide_checkpoint"] = None
+    return SampleConfig(**settings)
 
 
 def _shared(config: CommonConfig, cls: type[Any]) -> dict[str, Any]:
@@ -177,6 +267,7 @@ def _folder(config: GridConfig | SweepConfig, kind: str, also: Sequence[Any]) ->
     """Where the page goes: of its own for every set of settings."""
     if config.output:
         return Path(config.output)
+    also = [*also, config.guide_checkpoint, config.eta]
     digest = fingerprint({"settings": decisions(config), "also": also})[:12]
     return runs_folder(config).parent / kind / digest
 

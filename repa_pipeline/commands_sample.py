@@ -27,7 +27,8 @@ def sample(config: SampleConfig) -> None:
     if {output.name for output in stage.outputs} == {LATENTS}:
         say(f"next: repa sample --from-latents {stage.output}")
     else:
-        say("next: repa evaluate")
+        network = f" --network {config.score[0]}" if config.score else ""
+        say(f"next: repa evaluate --samples {stage.output}{network}")
 
 
 def make_samples(config: SampleConfig) -> SampleStage:

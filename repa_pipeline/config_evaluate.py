@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from repa_pipeline.config import ClusterConfig, IndexConfig
-from repa_pipeline.settings import check_not_negative, check_positive, setting
+from repa_pipeline.settings import check_local, check_not_negative, check_positive, setting
 
 AUTO = "auto"
 
@@ -91,10 +91,14 @@ class ReferenceConfig(ScoreConfig, IndexConfig):
     )
     resolution: int = setting(256, "Image side in pixels.", check=check_positive)
     adm_npz: str | None = setting(
-        None, "Also write an npz of ADM's layout here: statistics and `reference_images` images."
+        None,
+        "Also write an npz of ADM's layout here: statistics and `reference_images` images.",
+        check=check_local,
     )
     output: str | None = setting(
-        None, "The npz to write (default: in the workspace's references folder)."
+        None,
+        "The npz to write (default: in the workspace's references folder).",
+        check=check_local,
     )
 
 
@@ -118,4 +122,6 @@ class CertifyConfig(ScoreConfig):
     trained: str | None = setting(
         None, "50,000 SDE samples of a SiT-B/2 + REPA run at 400,000 steps: certifies the trainer."
     )
-    output: str | None = setting(None, "Where certify.json goes (default: in the workspace).")
+    output: str | None = setting(
+        None, "Where certify.json goes (default: in the workspace).", check=check_local
+    )

@@ -7,7 +7,7 @@ import dataclasses
 from repa_pipeline.config_evaluate import ScoreConfig
 from repa_pipeline.config_sample import DrawConfig
 from repa_pipeline.ranges import check_intervals, check_numbers
-from repa_pipeline.settings import check_positive, setting
+from repa_pipeline.settings import check_local, check_positive, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,9 @@ class GridConfig(DrawConfig):
     )
     classes: tuple[int, ...] = setting((), "Classes by number (default: ten of them, evenly).")
     per_class: int = setting(8, "Samples of a class.", check=check_positive)
-    output: str | None = setting(None, "Folder of the page (default: grids in the workspace).")
+    output: str | None = setting(
+        None, "Local folder of the page (default: grids in the workspace).", check=check_local
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,4 +52,6 @@ class SweepConfig(DrawConfig, ScoreConfig):
     )
     num_images: int = setting(10_000, "Images of a point.", check=check_positive)
     labels: str = setting("random", "random, balanced, one class number, or a file.")
-    output: str | None = setting(None, "Folder of the page (default: sweeps in the workspace).")
+    output: str | None = setting(
+        None, "Local folder of the page (default: sweeps in the workspace).", check=check_local
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from repa_pipeline.errors import ConfigError
 
@@ -38,6 +40,21 @@ def prepare_compute(threads: int, tf32: bool = False) -> None:
     torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count())
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextlib.contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Inside, matrix products and convolutions of float32 are float32's or TF32's; afterwards what
+    they were before."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def cpu_count() -> int:

@@ -11,10 +11,9 @@ its own: diffusers' base class asks of every part what only its own models have.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ from repa_pipeline.autoencoders.base import (
 from repa_pipeline.config_exchange import ExportConfig
 from repa_pipeline.config_sample import SampleConfig
 from repa_pipeline.data.objects import LocalStore, get_json, json_bytes
-from repa_pipeline.device import choose_device
+from repa_pipeline.device import choose_device, float32_products
 from repa_pipeline.diffusion.sampling import choose_sampler
-from repa_pipeline.errors import ConfigError, DamagedError
+from repa_pipeline.errors import ConfigError, DamagedError, MismatchError
 from repa_pipeline.methods.base import answers_of
 from repa_pipeline.registry import autoencoder_spec
 from repa_pipeline.stages.export_run import TRUNK, RunExport, write_export
@@ -139,7 +138,8 @@ class REPAPipeline:
     ) -> None:
         """Writes model, settings and card as `repa export --to safetensors`, and the decoder.
 
-        safetensors and JSON alone. Raises MismatchError when something else is in the folder.
+        safetensors and JSON alone. Raises MismatchError when something else, or another decoder,
+        is in the folder.
         """
         path, where = Path(folder), Path(self._checkpoint.where)
         settings: dict[str, Any] = {"to": "safetensors", "destination": str(path)}
@@ -210,7 +210,8 @@ class REPAPipeline:
             raise ConfigError(f"indices: got {len(seeds)}, expected one for {len(labels)} labels")
         if generator is None:
             generator = int(torch.randint(2**31, ()).item())
-        draw = _drawing(generator, seeds, self.model.method.state_shapes(), str(self.device))
+        size, shapes = batch_size or len(labels), self.model.method.state_shapes()
+        draw = _drawing(generator, seeds, shapes, str(self.device), size)
 
         def batch(chosen: list[int]) -> npt.NDArray[Any]:
             scaled = latent_sampler.scaled(labels[chosen], draw(chosen))
@@ -220,8 +221,8 @@ class REPAPipeline:
             pixels = self.vae.decode(latent_sampler.unscaled(scaled))
             return _picture(pixels, output_type, uint8)
 
-        with _float32(tf32=dtype == "tf32"):
-            made = in_batches(batch, list(range(len(labels))), batch_size or len(labels))
+        with float32_products(tf32=dtype == "tf32"):
+            made = in_batches(batch, list(range(len(labels))), size)
         return REPAPipelineOutput(_converted(made, output_type))
 
     def _checked(self, class_labels: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -244,22 +245,32 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: got '{value}', expected one of {', '.join(known)}")
 
 
-def _drawing(generator: int | Generators, seeds: list[int], shapes: Any, device: str) -> Any:
-    """positions of a batch -> their random numbers."""
+def _drawing(
+    generator: int | Generators, seeds: list[int], shapes: Any, device: str, size: int
+) -> Any:
+    """positions of a batch -> their random numbers, in batches of `size`."""
     if isinstance(generator, int):
         return lambda chosen: Draws.seeded(generator, [seeds[i] for i in chosen], shapes, device)
     single = isinstance(generator, torch.Generator)
     each: Any = [generator] * len(seeds) if single else list(generator)  # type: ignore[arg-type]
     if len(each) != len(seeds):
         raise ConfigError(f"generator: got {len(each)}, expected one for {len(seeds)} images")
+    other = [one.device for one in each if one.device.type != "cpu"]
+    if other:
+        raise ConfigError(
+            f"generator: got one of {other[0]}, expected torch.Generator(): noise is drawn on the "
+            "CPU, so that it is the same for every device"
+        )
+
+    if len(seeds) % size:
+        raise ConfigError(
+            f"batch_size {size} must divide the {len(seeds)} images where generators are given"
+        )
 
     def draw(chosen: list[int]) -> Draws:
-        if len(set(chosen)) != len(chosen):
-            raise ConfigError(
-                f"batch_size must divide the {len(seeds)} images where generators are given"
-            )
         own = [each[i] for i in chosen]
-        return Draws(own, own, shapes, device)
+        # Not ahead: the thread would go on drawing from generators that the caller uses again.
+        return Draws(own, own, shapes, device, ahead=False)
 
     return draw
 
@@ -294,9 +305,16 @@ def _saved_vae(folder: Path) -> str | None:
 
 def _write_vae(folder: Path, source: Path) -> None:
     """The decoder's weights as safetensors; a file of that format is copied as it is."""
-    target = folder / VAE_FILE
-    if target.is_file() and (folder / VAE_RECORD).is_file():
-        return
+    target, store = folder / VAE_FILE, LocalStore(str(folder))
+    origin = file_sha256(source)
+    if target.is_file() and store.size(VAE_RECORD) is not None:
+        record = get_json(store, VAE_RECORD)
+        if origin not in (record.get("source_sha256"), record.get("sha256")):
+            raise MismatchError(
+                f"{target} is another decoder than the pipeline's: remove it or save elsewhere"
+            )
+        if file_sha256(target) == record.get("sha256"):
+            return
     temporary = target.with_suffix(".tmp")
     if source.suffix == ".safetensors":
         shutil.copyfile(source, temporary)
@@ -305,16 +323,5 @@ def _write_vae(folder: Path, source: Path) -> None:
 
         save_file({k: v.clone() for k, v in load_state(source).items()}, temporary)
     temporary.replace(target)
-    LocalStore(str(folder)).put(VAE_RECORD, json_bytes({"sha256": file_sha256(target)}))
-
-
-@contextlib.contextmanager
-def _float32(tf32: bool) -> Iterator[None]:
-    """Inside, float32 is float32 unless `tf32` is asked for, as in `repa sample`."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    record = {"sha256": file_sha256(target), "source_sha256": origin}
+    store.put(VAE_RECORD, json_bytes(record))

@@ -222,10 +222,15 @@ def _read_samples(folder: Path) -> SampleSet:
         sealed = None
         if result is None:
             remarks.append(str(error))
-    if result is not None and sealed is not None and sealed != settings:
+    if result is not None and sealed is not None and not _is_of(sealed, settings or {}):
         remarks.append("result.json is of other samples: run `repa evaluate` again")
         result = None
     return SampleSet(folder, sealed or settings, result, judge, tuple(remarks))
+
+
+def _is_of(sealed: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether settings in a result are of these samples; those of pictures say the format too."""
+    return all(settings.get(name) == value for name, value in sealed.items() if name != "kind")
 
 
 def _read_json(path: Path, remarks: list[str]) -> dict[str, Any] | None:

@@ -174,8 +174,10 @@ def _score_panels(
                 steps = [point["step"] for point in own]
                 lines.append(run_line(runs, run, steps, [point[name] for point in own]))
         words = name.removeprefix("eval/").replace("_", " ").replace("frechet", "Fréchet")
+        words = words.replace("kid", "KID")
         log_y = "distance" in name
-        panels.append(Panel(words.capitalize(), words, lines, "", log_y=log_y))
+        title = words[0].upper() + words[1:]
+        panels.append(Panel(title, words, lines, "", log_y=log_y))
     return panels
 
 

@@ -48,6 +48,11 @@ def check_fraction(value: float) -> str | None:
     return None if 0 <= value <= 1 else "a number in [0, 1]"
 
 
+def check_local(value: str) -> str | None:
+    """A path of this machine, which a URL would be taken for."""
+    return "a local path" if "://" in value else None
+
+
 def check_interval(value: tuple[float, float]) -> str | None:
     """An interval of [0, 1]."""
     low, high = value

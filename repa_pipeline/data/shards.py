@@ -198,7 +198,8 @@ def read_records(
 
 def as_rows(records: Table, layout: RecordLayout) -> npt.NDArray[np.generic]:
     """Copies uint8 [n, record_bytes] into a contiguous [n, *shape] of the layout's dtype."""
-    flat = np.ascontiguousarray(records).view(np.dtype(layout.dtype))
+    # Not ascontiguousarray, which leaves a single record where it lies: in the reader's buffer.
+    flat = np.array(records, order="C").view(np.dtype(layout.dtype))
     return flat.reshape(len(records), *layout.shape)
 
 

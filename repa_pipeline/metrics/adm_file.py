@@ -7,12 +7,13 @@ Equal images give equal bytes: stored uncompressed, fixed timestamps, our own ar
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,13 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
+from repa_pipeline.errors import (
+    DamagedError,
+    DataError,
+    MismatchError,
+    MissingError,
+    StageError,
+)
 
 MEMBER, SETTINGS_MEMBER = "arr_0.npy", "settings.npy"
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError)
@@ -33,9 +40,9 @@ class AdmWriter:
         with AdmWriter("samples.npz", num_images=50_000, resolution=256) as writer:
             writer.write(images)  # uint8 [B, 256, 256, 3], in order
 
-    Until then the bytes are in `samples.npz.partial`; an exception, or another number of images
-    than promised (DataError), removes it and leaves no file. `settings`, any text, stands behind
-    the images as an array of its own, which the suite's reader does not look at.
+    Until then the bytes are as `whole_file` has them; an exception, or another number of images
+    than promised (DataError), leaves no file. `settings`, any text, stands behind the images as an
+    array of its own, which the suite's reader does not look at.
     """
 
     def __init__(
@@ -45,11 +52,12 @@ class AdmWriter:
         self.shape = (num_images, resolution, resolution, 3)
         self.num_written = 0
         self._settings = settings
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._stack = ExitStack()
 
     def __enter__(self) -> AdmWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED, allowZip64=True)
+        file = self._stack.enter_context(whole_file(self.path))
+        self._stack.push(self._finish)
+        self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._stream = self._zip.open(_member(MEMBER), "w", force_zip64=True)
         self._stream.write(_array_header(self.shape))
         return self
@@ -70,27 +78,56 @@ class AdmWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        self._stack.__exit__(kind, error, trace)
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._zip:
             self._stream.close()
+            if kind is None and self.num_written != self.shape[0]:
+                raise DataError(
+                    f"{self.path} got {self.num_written} images, expected {self.shape[0]}: "
+                    "nothing was written; sample the missing ones and write it again"
+                )
             if self._settings is not None and kind is None:
                 text = io.BytesIO()
                 np.save(text, np.array(self._settings), allow_pickle=False)
                 self._zip.writestr(_member(SETTINGS_MEMBER), text.getvalue())
-            self._zip.close()
-            if kind is None:
-                self._publish()
-        finally:
-            self._partial.unlink(missing_ok=True)
 
-    def _publish(self) -> None:
-        if self.num_written != self.shape[0]:
-            raise DataError(
-                f"{self.path} got {self.num_written} images, expected {self.shape[0]}: "
-                "nothing was written; sample the missing ones and write it again"
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears at `path`, whole, when the block ends well.
+
+    Until then the bytes are in `PATH.partial`, which an exception removes; what a killed writer
+    left there is written anew. Raises StageError while another process writes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        if not _is_ours_alone(file, partial):
+            raise StageError(
+                f"{path} is being written by another process: wait for it, then run this again"
             )
-        with open(self._partial, "rb+") as file:
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
             os.fsync(file.fileno())
-        os.replace(self._partial, self.path)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _is_ours_alone(file: IO[bytes], path: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    # Another one may have finished, and moved it away, between our opening and our lock.
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def read_adm_settings(path: str | Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repa_pipeline.errors import MismatchError
+from repa_pipeline.metrics.adm_file import whole_file
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -26,17 +26,14 @@ def write_adm_reference(
     10,000 images of 256 pixels are 2 GB; one block is held. The file appears, whole, at the end.
     Raises MismatchError when the blocks do not make up `shape`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            _write_images(archive, blocks, shape)
-            for name, value in statistics.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w") as stream:
-                    np.lib.format.write_array(stream, value, allow_pickle=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_file(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        _write_images(archive, blocks, shape)
+        for name, value in statistics.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w") as stream:
+                np.lib.format.write_array(stream, value, allow_pickle=False)
 
 
 def _write_images(

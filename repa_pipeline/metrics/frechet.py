@@ -111,7 +111,7 @@ def _factor(sigma: Float64Array) -> tuple[Float64Array, float]:
     factor differs from it by a rotation, which moves no eigenvalue of A^T S A.
     """
     try:
-        return np.linalg.cholesky(sigma), 0.0
+        return np.linalg.cholesky(sigma).astype(np.float64, copy=False), 0.0
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(sigma)
         clipped = float(np.minimum(values, 0).sum())

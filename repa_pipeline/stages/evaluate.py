@@ -20,13 +20,20 @@ from repa_pipeline.device import choose_device, prepare_compute
 from repa_pipeline.engine.contracts import Executor
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.engine.run import Progress
+from repa_pipeline.errors import ConfigError
 from repa_pipeline.metrics.networks import ENCODER_PREFIX, Widths, is_published
 from repa_pipeline.metrics.published import comparison
 from repa_pipeline.stages.judge_stage import run_judge
 from repa_pipeline.stages.reference import find_reference, reference_identity, settle_network
 from repa_pipeline.stages.reference_file import Reference
 from repa_pipeline.stages.scored_samples import ScoredSamples, open_scored_samples
-from repa_pipeline.stages.scores import NEIGHBOURS, Scores, check_counts, compute_scores
+from repa_pipeline.stages.scores import (
+    METRICS_IN_ORDER,
+    NEIGHBOURS,
+    Scores,
+    check_counts,
+    compute_scores,
+)
 
 # What decides a result besides features and reference.
 _DECIDES = (
@@ -63,6 +70,8 @@ def evaluate(
     where = config.output or samples.result
     store, key = _parted(where)
     standing = {} if store.size(key) is None else get_json(store, key)
+    if standing and "recipe" not in standing:
+        raise ConfigError(f"{where} is no result of `repa evaluate`: give another --output")
     new = standing.get("recipe") != recipe
     result = standing
     if new:
@@ -80,7 +89,9 @@ def evaluate(
         if standing:
             store.put(_aside(key, standing), json_bytes(standing))
         store.put(key, json_bytes(result))
-    told = {**result, "path": where, "new": new}
+    # As the file has its names sorted, a result that was found would be told in another order.
+    metrics = {name: result["metrics"][name] for name in METRICS_IN_ORDER}
+    told = {**result, "metrics": metrics, "path": where, "new": new}
     return {**told, "compare": comparison(result)} if config.compare else told
 
 

@@ -176,13 +176,14 @@ def _read_exported(folder: Path, plugins: tuple[str, ...]) -> ImportedModel:
             raise MissingError(f"no {name} in {folder}: the export is not whole")
         digest.update(file_digest(path).encode())
         state |= {f"{prefix}{key}": value for key, value in load_state(path).items()}
-    about = _trusted(config["about"], plugins, folder)
+    about = trusted(config["about"], plugins, folder / CONFIG_FILE)
     content = {"model": state, "ema": state, "optimizer": None, "about": about}
     return ImportedModel(content, int(config["step"]), digest.hexdigest())
 
 
-def _trusted(about: Mapping[str, Any], plugins: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """A description that names code of this package and of the user's own plugins alone.
+def trusted(about: Mapping[str, Any], plugins: tuple[str, ...], where: object) -> dict[str, Any]:
+    """A description that names code of this package and of the user's own plugins alone, which are
+    loaded; changes of table entries, which may name code too, are left out.
 
     It comes from somebody else: raises ConfigError when it wants any other module imported.
     """
@@ -192,7 +193,7 @@ def _trusted(about: Mapping[str, Any], plugins: tuple[str, ...], folder: Path) -
     unknown += sorted({*about["config"].get("plugins", ())} - {*plugins})
     if unknown:
         raise ConfigError(
-            f"{folder / CONFIG_FILE} wants '{unknown[0]}', which is neither of this package nor in "
+            f"{where} wants '{unknown[0]}', which is neither of this package nor in "
             "your plugins: name its plugin in repa.toml if you trust it"
         )
     config = {**about["config"], "plugins": list(plugins), "overrides": {}}

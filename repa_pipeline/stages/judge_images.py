@@ -29,6 +29,7 @@ from repa_pipeline.metrics.adm_file import MEMBER, adm_shape, read_adm
 from repa_pipeline.stages.images import load_images, read_images
 from repa_pipeline.stages.index import cache_store, listing_digest, open_config_source
 from repa_pipeline.stages.judge import of_samples
+from repa_pipeline.stages.sample_labels import stands_by_class
 from repa_pipeline.weights import file_sha256
 
 IMAGES = "images"
@@ -189,7 +190,8 @@ class _Window:
 
 @dataclasses.dataclass(frozen=True)
 class SourceImages:
-    """Pictures of the samples' own size, in a webdataset or a folder, in the source's order."""
+    """Pictures of the samples' own size, in a webdataset or a folder, in the source's order;
+    by_class: they stand class by class, as sub-folders of classes do."""
 
     source: str
     scratch: str | None
@@ -198,6 +200,7 @@ class SourceImages:
     resolution: int
     num_rows: int
     listing: str
+    by_class: bool
     shard_rows: int = SHARD_ROWS
 
     @property
@@ -243,7 +246,14 @@ def source_images(
         raise DataError(f"{url} holds no images: check --samples")
     first = decode_image(source.read(items[0]), upright=False).image
     return SourceImages(
-        url, scratch, scratch_gb, decode_threads, first.height, len(items), listing_digest(items)
+        source=url,
+        scratch=scratch,
+        scratch_gb=scratch_gb,
+        decode_threads=decode_threads,
+        resolution=first.height,
+        num_rows=len(items),
+        listing=listing_digest(items),
+        by_class=stands_by_class(np.array([item.label or 0 for item in items])),
     )
 
 

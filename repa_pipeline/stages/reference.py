@@ -6,6 +6,7 @@ It is ADM's npz (the features of its images are made once and kept in the worksp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -19,18 +20,21 @@ from repa_pipeline.data.index import Index, read_index, read_manifest
 from repa_pipeline.data.objects import LocalStore, ObjectStore, open_store
 from repa_pipeline.engine.contracts import Executor, split_rows
 from repa_pipeline.engine.run import Progress
-from repa_pipeline.errors import MismatchError, MissingError
+from repa_pipeline.errors import MismatchError, MissingError, RepaError
 from repa_pipeline.metrics.adm_file import adm_shape, read_reference_statistics
 from repa_pipeline.metrics.adm_reference import write_adm_reference
 from repa_pipeline.metrics.networks import is_published
 from repa_pipeline.metrics.statistics import RunningStatistics
-from repa_pipeline.stages.index import cache_store, ensure_index
+from repa_pipeline.stages.cached_rows import source_of
+from repa_pipeline.stages.index import cache_store, ensure_index, open_config_source
 from repa_pipeline.stages.judge import FORWARD_IMAGES, Judged, judge_spec
 from repa_pipeline.stages.judge_images import Images, ImageSet, adm_images, indexed_images
 from repa_pipeline.stages.judge_stage import JudgeStage, run_judge
 from repa_pipeline.stages.reference_file import (
     Reference,
     about_of,
+    check_adm,
+    check_fits,
     is_own,
     pack_reference,
     read_reference,
@@ -93,8 +97,45 @@ def find_reference(
     if not is_own(path):
         return _of_adm(config, path, network, resolution, executor, progress)
     reference = read_reference(path)
-    _check_fits(path, reference.about, network, weights_sha256, resolution)
+    check_fits(path, reference.about, network, weights_sha256, resolution)
     return reference
+
+
+def check_reference(config: EvaluateConfig, manifest: Mapping[str, Any]) -> None:
+    """Raises what `find_reference` would, for features of this manifest, where the reference is
+    absent or does not fit; makes nothing and runs no network."""
+    network, resolution = manifest["network"], manifest["resolution"]
+    if not config.reference:
+        read_index(cache_store(_index_config(config)))
+        return
+    path = Path(config.reference)
+    if is_own(path):
+        about = read_reference(path).about
+        check_fits(path, about, network, manifest["weights_sha256"], resolution)
+        return
+    statistics, (_, height, *_) = read_reference_statistics(path), adm_shape(path)
+    check_adm(path, statistics, height, manifest)
+
+
+def check_reference_inputs(config: ReferenceConfig) -> None:
+    """Raises for an absent source or file, or weights; makes nothing and runs no network."""
+    network = settle_network(config, config.adm)
+    resolution = config.resolution
+    if config.adm:
+        read_reference_statistics(config.adm)
+        resolution = adm_shape(config.adm)[1]
+    else:
+        open_config_source(_index_config(config))
+    judge_spec(
+        config,
+        network,
+        config.network_weights,
+        resolution=resolution,
+        num_rows=1,
+        shard_rows=1,
+        of={},
+        any_weights=config.any_weights,
+    )
 
 
 def make_reference(
@@ -117,18 +158,27 @@ def make_reference(
     path = _output(config, name, network, images.resolution)
     new = not path.exists()
     if new:
+        store = LocalStore(str(path.parent))
         if config.adm:
             made = _of_adm(config, given, network, images.resolution, executor, progress)
             made = dataclasses.replace(made, about={**made.about, "name": name})
+            store.put_new(path.name, pack_reference(made))
         else:
             about = {"name": name, "kind": "own", **_source_of(index)}
-            made = _reduced(config, stage, about, executor, progress)
-        LocalStore(str(path.parent)).put_new(path.name, pack_reference(made))
+            with _unless_made_meanwhile(store, path.name):
+                made = _reduced(config, stage, about, executor, progress)
+                store.put_new(path.name, pack_reference(made))
     found = read_reference(path)
     if found.about["features"] != stage.spec.fingerprint:
         raise MismatchError(
             f"{path} is a reference of other images or settings ({found.about['name']}, "
             f"{found.about['num_images']:,} images): give another --name or --output"
+        )
+    kept, wanted = len(found.rows), min(config.reference_images, images.num_rows)
+    if kept != wanted:
+        raise MismatchError(
+            f"{path} keeps {kept:,} images for precision, recall and KID, expected {wanted:,}: set "
+            f"--reference-images {kept}, or give another --name or --output"
         )
     if not config.adm:
         _remove(open_store(stage.url))
@@ -170,6 +220,7 @@ def _of_training_source(
 ) -> Reference:
     index = read_index(cache_store(_index_config(config)))
     settled = _encode_config(config, resolution)
+    settled = dataclasses.replace(settled, source=source_of(config, index))
     stage = _stage(config, network, indexed_images(settled, index), "source")
     recipe = [stage.spec.fingerprint, config.reference_images]
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
@@ -177,8 +228,9 @@ def _of_training_source(
     where = open_store(config.workspace).child(FOLDER)
     if where.size(key) is None:
         about = {"name": "the training source", "kind": "training source", **_source_of(index)}
-        where.put(key, pack_reference(_reduced(config, stage, about, executor, progress)))
-        _remove(open_store(stage.url))
+        with _unless_made_meanwhile(where, key):
+            where.put(key, pack_reference(_reduced(config, stage, about, executor, progress)))
+    _remove(open_store(stage.url))  # also what one that was killed here left behind
     return unpack_reference(where.get(key), f"{where.url}/{key}")
 
 
@@ -193,19 +245,9 @@ def _of_adm(
     """ADM's own statistics with the features of its images, which are kept in the workspace."""
     statistics = read_reference_statistics(path)
     images = adm_images(path, config.reference_images)
-    if images.resolution != resolution:
-        raise MismatchError(
-            f"{path} holds images of {images.resolution} pixels, the samples have {resolution}: "
-            "use the reference of the samples' resolution"
-        )
     stage = _stage(config, network, images, "adm")
-    widths = stage.spec.manifest["widths"]
-    for mean, part in ((statistics.mu, "pool"), (statistics.mu_s, "spatial")):
-        if mean is not None and widths[part] not in (0, len(mean)):
-            raise MismatchError(
-                f"{path} has {part} statistics of width {len(mean)}, network {network} gives "
-                f"{widths[part]}: use the network that the reference was made with"
-            )
+    fits = {**stage.spec.manifest, "resolution": resolution}
+    check_adm(path, statistics, images.resolution, fits)
     judged = run_judge(stage, executor, progress)
     about = {
         "name": path.name,
@@ -274,26 +316,20 @@ def _made_with(stage: JudgeStage) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _unless_made_meanwhile(store: ObjectStore, key: str) -> Iterator[None]:
+    """Lets an error pass where another driver, which shares the features, was faster: it removes
+    them when its reference stands."""
+    try:
+        yield
+    except (RepaError, OSError):
+        if store.size(key) is None:
+            raise
+
+
 def _source_of(index: Index) -> dict[str, Any]:
     manifest = index.manifest
     return {key: manifest[key] for key in ("source", "rows_digest", "decode")}
-
-
-def _check_fits(
-    path: Path, about: Mapping[str, Any], network: str, weights_sha256: str, resolution: int
-) -> None:
-    made = about["network"]
-    if (made["name"], made["weights_sha256"]) != (network, weights_sha256):
-        raise MismatchError(
-            f"{path} was made with network {made['name']} (weights {made['weights_sha256'][:12]}), "
-            f"this is {network} ({weights_sha256[:12]}): use the network and the weights that the "
-            "reference was made with"
-        )
-    if about["resolution"] != resolution:
-        raise MismatchError(
-            f"{path} is of images of {about['resolution']} pixels, the samples have {resolution}: "
-            "use the reference of the samples' resolution"
-        )
 
 
 def _index_for(

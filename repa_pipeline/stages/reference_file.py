@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from repa_pipeline.errors import DamagedError, DataError, MissingError
-from repa_pipeline.metrics.adm_file import UNREADABLE
+from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
+from repa_pipeline.metrics.adm_file import UNREADABLE, ReferenceStatistics
 
 FORMAT_VERSION = 1
 ABOUT = "about"
@@ -113,6 +113,48 @@ def about_of(path: Path) -> dict[str, Any] | None:
             return about
     except UNREADABLE as error:
         raise _damaged(str(path), str(error)) from None
+
+
+def check_fits(
+    path: Path, about: Mapping[str, Any], network: str, weights_sha256: str, resolution: int
+) -> None:
+    """Raises MismatchError where a reference of ours is not for features of this network and these
+    weights, or for samples of another resolution."""
+    made = about["network"]
+    if (made["name"], made["weights_sha256"]) != (network, weights_sha256):
+        raise MismatchError(
+            f"{path} was made with network {made['name']} (weights {made['weights_sha256'][:12]}), "
+            f"this is {network} ({weights_sha256[:12]}): use the network and the weights that the "
+            "reference was made with"
+        )
+    if about["resolution"] != resolution:
+        raise MismatchError(
+            f"{path} is of images of {about['resolution']} pixels, the samples have {resolution}: "
+            "use the reference of the samples' resolution"
+        )
+
+
+def check_adm(
+    path: Path,
+    statistics: ReferenceStatistics,
+    resolution: int,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Raises MismatchError where ADM's file, of images of `resolution` pixels, is not for features
+    of this manifest."""
+    if resolution != manifest["resolution"]:
+        raise MismatchError(
+            f"{path} holds images of {resolution} pixels, the samples have "
+            f"{manifest['resolution']}: use the reference of the samples' resolution"
+        )
+    widths = manifest["widths"]
+    for mean, part in ((statistics.mu, "pool"), (statistics.mu_s, "spatial")):
+        if mean is not None and widths[part] not in (0, len(mean)):
+            raise MismatchError(
+                f"{path} has {part} statistics of width {len(mean)}, network "
+                f"{manifest['network']} gives {widths[part]}: use the network that the reference "
+                "was made with"
+            )
 
 
 def _damaged(where: str, reason: str) -> DamagedError:

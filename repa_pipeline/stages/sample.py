@@ -99,7 +99,7 @@ class SampleStage:
         )
 
     def open(self, wanted: Wanted) -> Work:
-        prepare_compute(self.config.threads, tf32=self.config.dtype == "tf32")
+        prepare_compute(self.config.threads)  # TF32 is the sampler's alone, not of judges
         names = frozenset[str]().union(*wanted.values()) or {o.name for o in self.outputs}
         judges = {
             spec.name: Judge(self.config, self.config.network_weights, spec)

@@ -32,7 +32,8 @@ from repa_pipeline.errors import (
     StageError,
 )
 from repa_pipeline.models.reference import read_plain
-from repa_pipeline.stages.import_run import read_model
+from repa_pipeline.registry import load_plugins
+from repa_pipeline.stages.import_run import read_model, trusted
 from repa_pipeline.training.checkpoint import load_checkpoint, read_marker
 from repa_pipeline.training.runs import find_run
 from repa_pipeline.weights import file_sha256
@@ -76,12 +77,19 @@ def read_checkpoint(config: SampleConfig, where: str, sha256: str | None = None)
 
     sha256: of the file that the plan was made with; MismatchError for another one. Raises
     MissingError without a file, DamagedError for one that is torn, DataError, MismatchError or
-    ConfigError for what cannot be sampled.
+    ConfigError for what cannot be sampled, or names plugins at a URL that are not of `config`.
     """
     path = fetch(where, sha256, config.downloads) if "://" in where else Path(where)
     if not path.exists():
         raise MissingError(f"no checkpoint {path}: check --run or --checkpoint")
-    found = _read_ours(path) if _is_ours(path) else _read_of_others(config, path)
+    if not _is_ours(path):
+        found = _read_of_others(config, path)
+    else:
+        found = _read_ours(path)
+        if "://" in where:
+            load_plugins(config.plugins)
+            about = trusted(found.about, config.plugins, where)
+            found = dataclasses.replace(found, content={**found.content, "about": about})
     if sha256 not in (None, found.sha256):
         raise MismatchError(
             f"the checkpoint {where} on {socket.gethostname()} has sha256 {found.sha256[:12]}, "

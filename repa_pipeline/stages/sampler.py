@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from repa_pipeline.autoencoders.base import Autoencoder, load_autoencoder
 from repa_pipeline.autoencoders.scaling import unscale_by
 from repa_pipeline.config_sample import SampleConfig
-from repa_pipeline.device import choose_device
+from repa_pipeline.device import choose_device, float32_products
 from repa_pipeline.diffusion.guidance import Model, guided
 from repa_pipeline.diffusion.interpolant import PATHS, States
 from repa_pipeline.diffusion.sampling import SAMPLERS, SamplerOptions
@@ -263,7 +263,8 @@ class Sampler:
         assert self.latent_sampler is not None
         shapes = self.model.method.state_shapes()
         draws = Draws.seeded(self.config.seed, indices, shapes, self.device)
-        return self.latent_sampler.scaled(self.labels.of(indices), draws)
+        with float32_products(tf32=self.config.dtype == "tf32"):
+            return self.latent_sampler.scaled(self.labels.of(indices), draws)
 
     def latents(self, indices: range) -> Latents:
         """Raw latents float32 [n, C, h, w], made in batches of exactly `batch_size`."""
@@ -286,7 +287,8 @@ class Sampler:
 
         def batch(padded: list[int]) -> Images:
             raw = torch.from_numpy(latents[padded]).to(self.device)
-            return to_uint8(decoder.decode(raw), self.config.uint8)
+            with float32_products(tf32=self.config.dtype == "tf32"):
+                return to_uint8(decoder.decode(raw), self.config.uint8)
 
         return in_batches(batch, list(range(len(latents))), self.config.batch_size)
 

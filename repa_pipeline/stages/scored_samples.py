@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.data.array import ArraySpec
-from repa_pipeline.data.objects import ObjectStore, get_json, open_store
-from repa_pipeline.errors import ConfigError, MissingError
+from repa_pipeline.data.objects import ObjectStore, open_store
+from repa_pipeline.data.shards import RecordLayout
+from repa_pipeline.errors import ConfigError, DataError, MismatchError, MissingError
 from repa_pipeline.metrics.adm_file import read_adm_settings
 from repa_pipeline.stages.judge import (
     Judged,
     judge_name,
     judge_spec,
+    of_samples,
     open_judged,
     standing_batch,
 )
@@ -34,6 +37,7 @@ from repa_pipeline.training.runs import find_run, list_runs
 JUDGED = "judged"
 # What `repa sample` leaves of the settings, and its tars of pictures.
 SETTINGS, PICTURES = "settings.json", ("png", "jpeg")
+KINDS = ("samples", *PICTURES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,8 @@ def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
     """The samples of `config`, in whichever form they are, to be scored by `network`.
 
     Reads manifests and headers, no pixels. Raises MissingError, ConfigError, DataError for
-    samples, and as `judge_spec` for the network.
+    samples (also for pictures class by class, whose inception score would be wrong), and as
+    `judge_spec` for the network.
     """
     where = find_samples(config)
     if where.endswith(".npz"):
@@ -74,7 +79,7 @@ def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
             return _with_images(config, network, where, images, where, result, settings)
         if _has(store, judge_name(network)):
             spec = open_judged(store, network).array.spec
-            return ScoredSamples(where, where, spec, None, result, _kept_settings(store))
+            return ScoredSamples(where, where, spec, None, result, _settings_of(spec, store))
         for pictures in PICTURES:
             if _has(store, pictures):
                 return _of_pictures(config, network, f"{where.rstrip('/')}/{pictures}", result)
@@ -84,6 +89,12 @@ def open_scored_samples(config: EvaluateConfig, network: str) -> ScoredSamples:
 
 def _of_npz(config: EvaluateConfig, network: str, path: Path) -> ScoredSamples:
     images = adm_images(path)
+    with zipfile.ZipFile(path) as archive:
+        if "mu.npy" in archive.namelist():
+            raise DataError(
+                f"{path} holds statistics (mu) beside its images: it is a reference, and the ADM "
+                "suite would score those; give it as --reference, or a file of images alone"
+            )
     features = path.with_suffix(".features") / images.sha256[:12]
     result = path.with_suffix(".result.json")
     settings = _read_settings(read_adm_settings(path))
@@ -96,7 +107,8 @@ def _read_settings(text: str | None) -> Mapping[str, Any] | None:
         settings = json.loads(text or "")
     except ValueError:
         return None
-    return settings if isinstance(settings, dict) else None
+    is_ours = isinstance(settings, dict) and settings.get("kind") in KINDS
+    return settings if is_ours else None
 
 
 def _of_pictures(
@@ -107,7 +119,15 @@ def _of_pictures(
     settings = None if _is_pattern(where) else _kept_settings(open_store(where))
     features = open_store(config.workspace).child(JUDGED).child(images.listing[:12]).url
     result = result or f"{features}/result.json"
-    return _with_images(config, network, where, images, features, result, settings)
+    samples = _with_images(config, network, where, images, features, result, settings)
+    has_score = samples.spec.manifest["widths"]["logits"] and config.is_split < images.num_rows
+    if images.by_class and has_score:
+        raise DataError(
+            f"the pictures of {where} stand class by class: the inception score of blocks in that "
+            f"order would be wrong; give --is-split {images.num_rows} for one block of all, or put "
+            "them into one folder in an order of their own"
+        )
+    return samples
 
 
 def _with_images(
@@ -179,8 +199,28 @@ def _has(store: ObjectStore, array: str) -> bool:
     return store.size(f"{array}/seal.json") is not None
 
 
-def _kept_settings(store: ObjectStore) -> dict[str, Any] | None:
-    return None if store.size(SETTINGS) is None else get_json(store, SETTINGS)
+def _settings_of(features: ArraySpec, store: ObjectStore) -> Mapping[str, Any] | None:
+    """How the images were made that features alone are left of; raises MismatchError for settings
+    of other images, whose score would pass for these."""
+    settings = _kept_settings(store)
+    if settings is None:
+        return None
+    side, shard_rows = features.manifest["resolution"], features.layout.shard_rows
+    layout = RecordLayout((side, side, 3), "uint8", shard_rows)
+    images = ArraySpec(IMAGES, features.num_rows, layout, settings)
+    if of_samples(images) != features.manifest["of"]:
+        raise MismatchError(
+            f"{store.url}/{SETTINGS} is not what the features there were made with: put the right "
+            "one back, or remove it for a score of samples of which nothing is known"
+        )
+    return settings
+
+
+def _kept_settings(store: ObjectStore) -> Mapping[str, Any] | None:
+    """The settings in a folder that may be anybody's."""
+    if store.size(SETTINGS) is None:
+        return None
+    return _read_settings(store.get(SETTINGS).decode(errors="replace"))
 
 
 def _plain(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,11 @@ from repa_pipeline.stages.reference import STATISTICS_ROWS
 from repa_pipeline.stages.reference_file import Float64, Reference
 
 NEIGHBOURS = 3
+# The numbers of a result in the order in which people are told them.
+METRICS_IN_ORDER = (
+    *("frechet_distance", "spatial_frechet_distance", "inception_score"),
+    *("precision", "recall", "kid"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ to the last digits; tf32 and bf16 show what a faster precision costs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import get_args
 
 import numpy as np
 
+from repa_pipeline.device import float32_products
 from repa_pipeline.errors import ConfigError, MissingError
 from repa_pipeline.stages.selftest_arrays import array_groups, unknown_arrays
 from repa_pipeline.stages.selftest_report import (
@@ -47,7 +47,7 @@ def run_selftest(vectors: str, device: str = "cpu", dtype: Precision = "float32"
     _check(folder, device, dtype)
     results: list[GroupResult] = []
     skipped: list[Skipped] = []
-    with _tf32(dtype == "tf32"):
+    with float32_products(tf32=dtype == "tf32"):
         for path, groups in _recognised(folder, device, dtype, skipped):
             results += [run_group(path.name, group, dtype) for group in groups]
     if not results:
@@ -93,20 +93,6 @@ def _check(folder: Path, device: str, dtype: str) -> None:
         raise ConfigError(f"device is '{device}' but there is no CUDA device: use --device cpu")
     if not folder.is_dir():
         raise MissingError(f"no folder {folder}: give the folder with the reference vectors")
-
-
-@contextlib.contextmanager
-def _tf32(enabled: bool) -> Iterator[None]:
-    """TF32 on or off for matrix products and convolutions, restored afterwards."""
-    import torch
-
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _open(path: Path, device: str, dtype: Precision) -> tuple[list[Group], list[str]]:

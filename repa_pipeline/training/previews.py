@@ -200,6 +200,8 @@ class Previews:
         command += ["--sampler", "ode", "--num-steps", str(_SAMPLER_STEPS)]
         command += ["--labels", "balanced", "--num-images", str(count), "--no-npz"]
         command += ["--grid", str(shown), "--batch-size", str(at_once)]
+        # Whatever the settings file wants of the user's own samples.
+        command += ["--run", "", "--outputs", "images", "--score", ""]
         return self._command(command)
 
     def _evaluate_command(self, job: _Job) -> list[str]:
@@ -208,6 +210,7 @@ class Previews:
         A curve is drawn of few samples, which a score for its own sake would refuse.
         """
         command = ["evaluate", "--samples", str(job.output), "--source", self._config.source]
+        command += ["--output", str(job.output / "result.json"), "--features", ""]
         command += ["--preset", self._config.preset, "--allow-few", "--blocks", "0"]
         for plugin in self._config.plugins:
             command += ["--plugins", plugin]

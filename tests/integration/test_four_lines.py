@@ -126,7 +126,10 @@ def test_the_five_commands(project: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"run: work/runs/{name} at step 4 (loss " in said["train"]
     assert said["train"].endswith("next: repa sample --cfg 1.8 --interval 0,0.7\n")
     assert "8 images, sde 4 steps, cfg 1.8 on t in [0, 0.7]" in said["sample"]
-    assert "/samples.npz\n" in said["sample"] and said["sample"].endswith("next: repa evaluate\n")
+    made, last = said["sample"].splitlines()[-3], said["sample"].splitlines()[-1]
+    assert made.endswith("/samples.npz")
+    folder = made.removeprefix("made: ").removesuffix("/samples.npz")
+    assert last == f"next: repa evaluate --samples {folder}"
     assert said["evaluate"].startswith("frechet_distance ")
     assert "network encoder:dinov2-b, against the training source" in said["evaluate"]
     assert said["evaluate"].endswith("/result.json; next: repa report\n")

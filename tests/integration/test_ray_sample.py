@@ -98,7 +98,7 @@ def test_workers_give_the_bytes_of_one_process(
     path = Run(workspace / "runs" / "toy").newest_checkpoint()
     config = toy_sample_config(
         workspace, output=str(tmp_path / "out"), checkpoint=f"file://{path}",
-        downloads=str(tmp_path / "downloads"), **OUTPUTS,
+        downloads=str(tmp_path / "downloads"), plugins=(PLUGIN_NAME,), **OUTPUTS,
     )  # fmt: skip
     make_samples(config, executor(workers))
     assert files(tmp_path / "out") == whole

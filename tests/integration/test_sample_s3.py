@@ -11,7 +11,12 @@ from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.errors import MismatchError
 from repa_pipeline.stages.sample_plan import sample_stage
 from repa_pipeline.testing.caches import isolated_tables
-from repa_pipeline.testing.sampling import make_samples, toy_sample_config, write_toy_runs
+from repa_pipeline.testing.sampling import (
+    PLUGIN_NAME,
+    make_samples,
+    toy_sample_config,
+    write_toy_runs,
+)
 from repa_pipeline.training.mirror import Mirror
 from repa_pipeline.training.runs import Run
 
@@ -39,6 +44,7 @@ def test_from_a_bucket_to_a_bucket(workspace: Path, bucket: str, tmp_path: Path)
         workspace,
         checkpoint=f"{bucket}/runs/toy/checkpoints/{run.newest_checkpoint().name}",
         downloads=str(tmp_path / "downloads"),
+        plugins=(PLUGIN_NAME,),
         output=f"{bucket}/samples/toy",
         **outputs,
     )

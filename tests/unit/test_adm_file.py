@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
+from repa_pipeline.errors import (
+    DamagedError,
+    DataError,
+    MismatchError,
+    MissingError,
+    StageError,
+)
+from repa_pipeline.metrics import adm_file
 from repa_pipeline.metrics.adm_file import (
     AdmWriter,
     adm_shape,
@@ -113,6 +120,34 @@ def test_a_killed_write_leaves_no_final_file_and_can_be_repeated(
     write(path, images, block=4)
     np.testing.assert_array_equal(np.concatenate(list(read_adm(path))), images)
     assert [entry.name for entry in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_two_writers_never_mix(tmp_path: Path, images: np.ndarray) -> None:
+    path = tmp_path / "samples.npz"
+    with AdmWriter(path, num_images=11, resolution=6) as first:
+        first.write(images[:4])
+        with pytest.raises(StageError, match="samples.npz is being written by another process"):
+            write(path, images, block=11)
+        first.write(images[4:])
+    np.testing.assert_array_equal(np.concatenate(list(read_adm(path))), images)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_one_that_was_finished_meanwhile_is_not_written_into(
+    tmp_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock = tmp_path / "samples.npz", adm_file.fcntl.flock
+    write(tmp_path / "made.npz", images, block=4)
+
+    def finished_first(file: Any, how: int) -> None:
+        (tmp_path / "samples.npz.partial").rename(path)
+        path.write_bytes((tmp_path / "made.npz").read_bytes())
+        lock(file, how)
+
+    monkeypatch.setattr(adm_file.fcntl, "flock", finished_first)
+    with pytest.raises(StageError, match="is being written by another process"):
+        write(path, images[:2], block=2)
+    np.testing.assert_array_equal(np.concatenate(list(read_adm(path))), images)
 
 
 def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path, images: np.ndarray) -> None:

@@ -240,6 +240,15 @@ SEAL_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_records_outlive_the_buffer_they_were_read_into(rows: int, sealed: LocalStore) -> None:
+    array = open_sealed(sealed, "features.x.64", "cache-features")
+    buffer = array.new_buffer()
+    kept = as_rows(array.read_shard(0, buffer)[:rows], array.spec.layout)
+    array.read_shard(1, buffer)
+    np.testing.assert_array_equal(kept, make_records("float16")[:rows])
+
+
 @pytest.mark.parametrize("change", SEAL_EDITS.values(), ids=SEAL_EDITS)
 def test_a_tampered_seal(change: Callable[[dict[str, Any]], Any], sealed: LocalStore) -> None:
     edit(sealed.root / "features.x.64/seal.json", change)

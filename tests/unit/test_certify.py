@@ -26,7 +26,10 @@ from repa_pipeline.stages.certify import PARTS, Limit, Part, certify, lines
 from repa_pipeline.stages.evaluate import evaluate
 
 COUNT = 80
-PLAIN = {"model": "SiT-XL/2", "sampler": "sde", "num_steps": 250, "cfg": 1.0}
+PLAIN = {
+    **{"model": "SiT-XL/2", "sampler": "sde", "num_steps": 250, "cfg": 1.0},
+    **{"labels": "random", "use_ema": True},
+}
 
 
 def images_of(seed: int, count: int = COUNT) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -153,6 +156,12 @@ def test_samples_must_be_what_the_part_speaks_of(config: CertifyConfig, tmp_path
     (guided,) = (p for p in result["parts"] if p["part"] == "sampler, guided")
     assert "cfg is 1.5, expected 1.8; interval is None, expected [0.0, 0.7]" in guided["because"]
     assert result["exit_code"] == 3  # asked for, and not run
+    for name, value in (("labels", "balanced"), ("use_ema", False), ("guide", {"step": 5})):
+        foreign = write_samples(tmp_path / name, images_of(1), **{**PLAIN, name: value})
+        one = dataclasses.replace(config, adm_samples=None, plain=foreign)
+        result = certify(one, score, never, parts_for(distance_of(config), 1e-3))
+        (told,) = (p for p in result["parts"] if p["part"] == "sampler, plain")
+        assert told["verdict"] == "NOT RUN" and f"{name} is {value!r}, expected" in told["because"]
     # The real parts want the real network, the real reference and all samples.
     result = certify(given, score, never, PARTS)
     assert set(verdicts(result).values()) == {"NOT RUN"} and result["exit_code"] == 3
@@ -170,11 +179,13 @@ def test_a_checkpoint_is_sampled_twice(config: CertifyConfig, tmp_path: Path) ->
         settings = {**PLAIN, **changes}
         return write_samples(tmp_path / f"cfg{changes['cfg']}", images_of(1), **settings)
 
-    given = dataclasses.replace(config, adm_samples=None, checkpoint="published.pt")
+    published = str(tmp_path / "published.pt")
+    Path(published).touch()
+    given = dataclasses.replace(config, adm_samples=None, checkpoint=published)
     result = certify(given, score, sample, parts_for(distance_of(config), 1e-3))
     assert made == [
-        ("published.pt", {"cfg": 1.0}),
-        ("published.pt", {"cfg": 1.8, "interval": [0.0, 0.7]}),
+        (published, {"cfg": 1.0}),
+        (published, {"cfg": 1.8, "interval": [0.0, 0.7]}),
     ]
     found = verdicts(result)
     assert (found["evaluator"], found["sampler, plain"], found["sampler, guided"]) == (
@@ -196,8 +207,9 @@ def test_the_command_samples_as_the_published_numbers_were(
         raise DataError("far too many for a test")
 
     monkeypatch.setattr("repa_pipeline.commands_sample.make_samples", planned)
+    (tmp_path / "xl.pt").touch()
     changes: dict[str, Any] = {
-        "checkpoint": "xl.pt",
+        "checkpoint": str(tmp_path / "xl.pt"),
         "network_weights": "fid.pth",
         "adm_samples": None,
     }
@@ -209,7 +221,8 @@ def test_the_command_samples_as_the_published_numbers_were(
     assert (plain.cfg, guided.cfg, guided.interval) == (1.0, 1.8, (0.0, 0.7))
     for made in asked:
         assert (made.sampler, made.num_steps, made.num_images) == ("sde", 250, 50_000)
-        assert (made.checkpoint, made.score, made.outputs) == ("xl.pt", (config.network,), ())
+        assert made.checkpoint == str(tmp_path / "xl.pt")
+        assert (made.score, made.outputs) == ((config.network,), ())
         assert made.network_weights == "fid.pth" and made.labels == "random"
     assert plain.output == "s3://bucket/ws/certify/xl.cfg1"
     assert guided.output == "s3://bucket/ws/certify/xl.cfg1.8"
@@ -228,12 +241,41 @@ def test_nothing_given_is_nothing_claimed(
     code, said = repa()
     assert code == 3 and said[-1] == "certified: nothing; of all else nothing is claimed"
     assert said[0] == "NOT RUN  evaluator: not given: --adm-samples, --adm-reference"
-    code, said = repa("--adm-samples", "a.npz", "--adm-reference", "b.npz")
-    assert code == 3 and said[0] == "NOT RUN  evaluator: no samples at a.npz: check --samples"
-    code, said = repa("--adm-samples", "a.npz", "--adm-reference", "b.npz", "--dry-run")
-    assert code == 0 and said == [
-        "would run evaluator",
-        "would not run sampler, plain",
-        "would not run sampler, guided",
-        "would not run trainer",
+    given = ("--adm-samples", "a.npz", "--adm-reference", "b.npz", "--checkpoint", "c.pt")
+    code, said = repa(*given)
+    assert code == 3 and said[:3] == [
+        "NOT RUN  evaluator: no file or folder a.npz: check --adm-samples",
+        "NOT RUN  sampler, plain: no file or folder c.pt: check --checkpoint",
+        "NOT RUN  sampler, guided: no file or folder c.pt: check --checkpoint",
+    ]
+    code, planned = repa(*given, "--dry-run")
+    assert code == 0 and planned == said[:4]
+
+
+def test_nothing_is_sampled_for_a_reference_that_is_none(
+    config: CertifyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "xl.pt").touch()
+    given = dataclasses.replace(config, adm_samples=None, checkpoint=str(tmp_path / "xl.pt"))
+    own = {"name": "val", "kind": "own", "num_images": 80}
+    np.savez(
+        tmp_path / "own.npz",
+        about=np.frombuffer(json.dumps(own).encode(), np.uint8),
+        **{"mu": np.zeros(64), "sigma": np.eye(64)},
+    )
+    for name, words in (
+        ("none.npz", "no reference file"),
+        ("adm.npz", "has no mu and no sigma"),
+        ("own.npz", "is a reference of other images than ADM's: check --adm-reference"),
+    ):
+        other = dataclasses.replace(given, adm_reference=str(tmp_path / name))
+        result = certify(other, score, never)
+        assert set(verdicts(result).values()) == {"NOT RUN"} and result["exit_code"] == 3
+        assert all(words in part["because"] for part in result["parts"][1:3])
+    command(dataclasses.replace(given, dry_run=True))
+    assert capsys.readouterr().out.splitlines() == [
+        "NOT RUN  evaluator: not given: --adm-samples",
+        "would run sampler, plain",
+        "would run sampler, guided",
+        "NOT RUN  trainer: not given: --trained",
     ]

@@ -19,7 +19,9 @@ from repa_pipeline.cluster.placement import Ask, Wish, count_places, describe, s
 from repa_pipeline.cluster.scheduler import Policy
 from repa_pipeline.cluster.select import choose_executor
 from repa_pipeline.cluster.session import unwinding_on_sigterm
+from repa_pipeline.commands_evaluate import _written
 from repa_pipeline.config import IndexConfig
+from repa_pipeline.config_evaluate import EvaluateConfig
 from repa_pipeline.engine.contracts import Commits, Shard, SimpleWork
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import ConfigError, StageError
@@ -70,6 +72,13 @@ def test_settings_reach_the_executor(monkeypatch: pytest.MonkeyPatch) -> None:
     remote = choose_executor(IndexConfig(executor="ray", threads=2, workspace="s3://b/ws"))
     assert isinstance(remote, RayExecutor)
     assert (remote.shared, remote.wish.threads) == (None, 2)
+
+
+def test_features_at_a_url_are_no_folder_that_workers_must_see(tmp_path: Path) -> None:
+    for features, shared in (("s3://b/f", None), (str(tmp_path), str(tmp_path))):
+        config = EvaluateConfig(executor="ray", features=features, workspace="ws")
+        chosen = choose_executor(config, _written(config))
+        assert isinstance(chosen, RayExecutor) and chosen.shared == shared
 
 
 def test_local_executor_is_told_the_retries() -> None:

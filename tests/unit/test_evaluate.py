@@ -279,7 +279,9 @@ def test_an_npz_scores_as_the_folder_does(base: Path, tmp_path: Path) -> None:
     assert evaluate(config, Silent())["metrics"] == folder["metrics"]
 
 
-@pytest.mark.parametrize("settings", ["not JSON", "[1]", np.array({"cfg": 2}, dtype=object)])
+@pytest.mark.parametrize(
+    "settings", ["not JSON", "[1]", '{"cfg": 2}', np.array({"cfg": 2}, dtype=object)]
+)
 def test_settings_in_somebody_elses_npz_are_not_ours(
     base: Path, tmp_path: Path, settings: Any
 ) -> None:
@@ -431,16 +433,32 @@ def test_the_command(base: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
     line = f"evaluate --source source --workspace ws --samples samples --output {tmp_path}/r.json"
     line += " --plugins toy_network --network toy-net --threads 1 --is-split 12 --kid-subsets 3"
 
-    def repa(arguments: str) -> str:
+    def repa(arguments: str, code: int = 0) -> str:
         with pytest.raises(SystemExit) as caught:
             main(arguments.split())
-        assert caught.value.code == 0
-        said: str = capsys.readouterr().out
-        return said
+        assert caught.value.code == code
+        printed = capsys.readouterr()
+        return str(printed.err if code else printed.out)
 
     planned = repa(line + " --dry-run")
     assert "would score samples with toy-net against statistics" in planned
     assert "30 images in 4 shards" in planned
+    # A plan of a score that would be refused is refused in the same words.
+    larger = np.zeros((5, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "large.npz", arr_0=larger, mu=np.zeros(6), sigma=np.eye(6))
+    np.savez(tmp_path / "wide.npz", arr_0=random_images(9, 0), mu=np.zeros(7), sigma=np.eye(7))
+    for flags, words in (
+        (f"--reference {tmp_path}/large.npz", "holds images of 32 pixels, the samples have 16"),
+        (f"--reference {tmp_path}/wide.npz", "has pool statistics of width 7, network toy-net"),
+        (f"--reference {tmp_path}/none.npz", "no reference file"),
+        (f"--workspace {tmp_path}/empty", "no cache at"),
+        ("--is-split 31", "inception score of 30 samples in blocks of 31"),
+    ):
+        for dry in ("", " --dry-run"):
+            assert words in repa(f"{line} {flags}{dry}", code=2)
+    assert not (tmp_path / "r.json").exists()
     said = repa(line).splitlines()
     assert said[0].startswith("frechet_distance ") and "30 samples" in said[0]
     assert said[1] == f"result: {tmp_path}/r.json; next: repa report"
+    again = repa(line).splitlines()  # from the file, told in the same words
+    assert again[0].startswith("nothing to do: ") and again[1:] == said

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import repa_pipeline
-from repa_pipeline import REPAPipeline
+from repa_pipeline import REPAPipeline, pipeline
 from repa_pipeline.errors import ConfigError, DamagedError, MismatchError
 from repa_pipeline.stages.sample import open_samples, sample_blocks
 from repa_pipeline.stages.sample_labels import labels_of
@@ -96,11 +97,17 @@ def test_saved_and_read_back(workspace: Path, tmp_path: Path) -> None:
     back.save_pretrained(twice)
     for name in ("model.safetensors", "vae.safetensors"):
         assert (twice / name).read_bytes() == (folder / name).read_bytes()
+    newest = Run(workspace / "runs" / "toy").newest_checkpoint()
+    other = REPAPipeline.from_checkpoint(newest, decoder="tiny-other")
+    with pytest.raises(MismatchError, match="vae.safetensors is another decoder than the pipel"):
+        other.save_pretrained(folder)
     with pytest.raises(MismatchError, match="is there and not the export of this checkpoint"):
         pipe_of(workspace, "weak").save_pretrained(folder)
     (folder / "vae.safetensors").write_bytes(b"x" + (folder / "vae.safetensors").read_bytes()[1:])
-    with pytest.raises(DamagedError, match="vae.safetensors is not what was saved"):
+    with pytest.raises(DamagedError, match="vae.safetensors is not what was saved: save .* again"):
         REPAPipeline.from_pretrained(folder, plugins=PLUGINS)
+    pipe.save_pretrained(folder)
+    REPAPipeline.from_pretrained(folder, plugins=PLUGINS)
 
 
 def test_a_folder_of_repa_export_is_read(workspace: Path, tmp_path: Path) -> None:
@@ -148,6 +155,17 @@ def test_output_types_and_generators(workspace: Path) -> None:
     assert (first != other).any()
 
 
+def test_generators_of_the_caller_are_drawn_from_on_demand_alone() -> None:
+    """On a CUDA device too, where a thread draws ahead from those of a seed."""
+    shapes = ((2,),)
+    draws = pipeline._drawing(torch.Generator(), [0], shapes, "cuda", 1)([0])
+    assert draws._ahead is None
+    assert pipeline._drawing(0, [0], shapes, "cuda", 1)([0])._ahead is not None
+    foreign: Any = SimpleNamespace(device=torch.device("cuda:1"))
+    with pytest.raises(ConfigError, match="generator: got one of cuda:1, expected torch.Generato"):
+        pipeline._drawing([foreign], [0], shapes, "cuda", 1)
+
+
 def test_a_weaker_pipeline_guides(workspace: Path, tmp_path: Path) -> None:
     weak = Run(workspace / "runs" / "weak").newest_checkpoint()
     images, labels = sampled(workspace, tmp_path / "out", guide_checkpoint=str(weak))
@@ -158,8 +176,10 @@ def test_a_weaker_pipeline_guides(workspace: Path, tmp_path: Path) -> None:
         pipe([0], 4, guide=pipe_of(workspace, "dit"), generator=0)
 
 
-def test_what_is_refused(workspace: Path) -> None:
+def test_what_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is sampled."""
     pipe = pipe_of(workspace)
+    monkeypatch.setattr(pipeline.LatentSampler, "scaled", None)
     for arguments, said in (
         ({"class_labels": [3]}, r"class_labels: got \[3\], expected classes from 0 to 2"),
         ({"class_labels": []}, "class_labels: got"),
@@ -169,6 +189,10 @@ def test_what_is_refused(workspace: Path) -> None:
         ({"class_labels": [0], "sampler": "ddpm"}, "sampler ddpm does not fit a model of SiT-XS/2"),
         ({"class_labels": [0], "indices": [1, 2]}, "indices: got 2, expected one for 1 labels"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "generator: got 1, expected"),
+        (
+            {"class_labels": [0, 1, 2], "generator": torch.Generator(), "batch_size": 2},
+            "batch_size 2 must divide the 3 images where generators are given",
+        ),
     ):
         with pytest.raises(ConfigError, match=said):
             pipe(num_inference_steps=2, **arguments)

@@ -30,7 +30,18 @@ from repa_pipeline.testing.parts import tiny_autoencoder
 
 AUTOENCODERS = [tiny_autoencoder(weights="tiny.safetensors")]
 """
-PROJECT = '[evaluate]\nreference = "reference.npz"\n'
+# What the user's own samples are is not what a preview is.
+PROJECT = """
+[evaluate]
+reference = "reference.npz"
+output = "mine.json"
+features = "mine"
+
+[sample]
+run = "another"
+outputs = ["latents"]
+score = ["inception-v3"]
+"""
 
 
 class InThisProcess:

@@ -14,10 +14,12 @@ from repa_pipeline.metrics.published import (
     why_not_comparable,
 )
 
+XL = {"model": "SiT-XL/2", "step": 4_000_000, "cfg": 1.8, "interval": [0.0, 0.7]}
+
 
 def result_of(**changes: Any) -> dict[str, Any]:
     """A result that may be compared."""
-    settings = {"model": "SiT-XL/2", "step": 4_000_000, "cfg": 1.8, "interval": [0.0, 0.7]}
+    settings = {**XL, "labels": "random", "use_ema": True}
     result = {
         "metrics": {
             **{"frechet_distance": 1.5, "spatial_frechet_distance": 4.6, "precision": 0.79},
@@ -88,6 +90,9 @@ def test_rows_are_chosen_by_what_is_known() -> None:
             {"sample_settings": {"model": "SiT-B/2", "sampler": "euler", "num_steps": 50}},
             "sampler euler with 50 steps, not sde with 250",
         ),
+        ({"sample_settings": {**XL, "labels": "balanced"}}, "labels balanced, not random"),
+        ({"sample_settings": {**XL, "guide": {"step": 1}}}, "guided by a weaker checkpoint"),
+        ({"sample_settings": {**XL, "use_ema": False}}, "the raw weights, not their average"),
     ],
 )
 def test_what_cannot_be_compared_is_shown_without_a_difference(

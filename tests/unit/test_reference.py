@@ -20,9 +20,10 @@ from repa_pipeline.data.index import read_index
 from repa_pipeline.data.objects import open_store
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError
+from repa_pipeline.metrics.frechet import frechet_distance
 from repa_pipeline.metrics.networks import load_network
 from repa_pipeline.observe import Silent
-from repa_pipeline.stages import judge
+from repa_pipeline.stages import judge, reference
 from repa_pipeline.stages.evaluate import evaluate
 from repa_pipeline.stages.index import ensure_index
 from repa_pipeline.stages.reference import MadeReference, make_reference, write_adm_layout
@@ -113,6 +114,66 @@ def test_it_serves_as_the_training_source_does(base: Path, tmp_path: Path) -> No
     assert len(ours["reference"]["sha256"]) == 64
 
 
+def test_the_index_says_where_the_training_source_is(base: Path, tmp_path: Path) -> None:
+    """A remote workspace is not asked for it when settings are settled, and Python users need not
+    say it again."""
+    ensure_index(
+        IndexConfig(source=str(base / "val"), workspace=str(tmp_path)), LocalExecutor(), Silent()
+    )
+    found = score(base, tmp_path, network="digits-cnn")
+    assert found["reference"]["source"] == str(base / "val")
+    rows = features_of(noise_images(COUNT, seed=0)).pool.double().numpy()
+    ours = features_of(noise_images(70, seed=1)).pool.double().numpy()
+    distance = frechet_distance(ours.mean(0), np.cov(ours.T), rows.mean(0), np.cov(rows.T))
+    assert found["metrics"]["frechet_distance"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_features_that_a_killed_run_left_go(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"source": str(base / "val"), "workspace": str(tmp_path)}
+    ensure_index(IndexConfig(**shared), LocalExecutor(), Silent())
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "_remove", killed)
+        score(base, tmp_path, source=shared["source"], network="digits-cnn")
+    folder = tmp_path / "references"
+    assert [path.suffix for path in sorted(folder.iterdir())] == [".features", ".npz"]
+    score(base, tmp_path, source=shared["source"], network="digits-cnn")
+    assert [path.suffix for path in folder.iterdir()] == [".npz"]
+
+
+def test_another_driver_that_is_faster(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes the features that both share, once its reference stands."""
+    shared = {"source": str(base / "val"), "workspace": str(tmp_path)}
+    ensure_index(IndexConfig(**shared), LocalExecutor(), Silent())
+    other: Any = {"network": "digits-cnn", "source": shared["source"], "output": None}
+    plain = reference.statistics_of
+
+    def overtaken(do: Any) -> Any:
+        def statistics_of(*given: Any) -> Any:
+            monkeypatch.setattr(reference, "statistics_of", plain)
+            do()
+            return plain(*given)
+
+        return statistics_of
+
+    first: list[Any] = []
+    scored = overtaken(lambda: first.append(score(base, tmp_path, **other)))
+    monkeypatch.setattr(reference, "statistics_of", scored)
+    ours = score(base, tmp_path, source=shared["source"], network="digits-cnn")
+    assert ours["metrics"] == first[0]["metrics"] and ours["new"] and first[0]["new"]
+    made_too = overtaken(lambda: first.append(make(config_of(base, tmp_path))))
+    monkeypatch.setattr(reference, "statistics_of", made_too)
+    made = make(config_of(base, tmp_path))
+    assert made.reference.about == first[1].reference.about
+
+
 def test_again_it_costs_nothing_and_other_images_are_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +186,10 @@ def test_again_it_costs_nothing_and_other_images_are_refused(
     monkeypatch.setattr(judge.Judge, "rows", never)
     again = make(config_of(base, tmp_path))
     assert not again.new and again.path.read_bytes() == data
+    with pytest.raises(
+        MismatchError, match=f"keeps {KEPT} images for .*, expected {KEPT - 1}: set"
+    ):
+        make(config_of(base, tmp_path, reference_images=KEPT - 1))
     other = tmp_path / "other" / "val" / "a"
     other.mkdir(parents=True)
     for i, image in enumerate(noise_images(5, seed=9)):
@@ -232,17 +297,25 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def repa(line: str) -> list[str]:
+    def repa(line: str, code: int = 0) -> list[str]:
         with pytest.raises(SystemExit) as caught:
             main(line.split())
-        assert caught.value.code == 0, capsys.readouterr().err
-        return list(capsys.readouterr().out.splitlines())
+        printed = capsys.readouterr()
+        assert caught.value.code == code, printed.err
+        return list((printed.err if code else printed.out).splitlines())
 
     line = f"reference --source {base}/val --network digits-cnn --resolution 64 --device cpu"
     line += " --threads 1 --adm-npz out.npz --reference-images 20"
     assert repa(line + " --dry-run") == [
         f"would make a reference of {base}/val at 64 pixels with digits-cnn"
     ]
+    for flags, words in (
+        ("--source nowhere", "nowhere"),
+        ("--adm none.npz", "none.npz"),
+        ("--network-weights none.pt", "no weights file at none.pt"),
+    ):
+        (said_of_it,) = repa(f"{line} {flags} --dry-run", code=2)
+        assert words in said_of_it
     said = repa(line)
     file = "repa-workspace/references/val.digits-cnn.64.npz"
     assert said[0].startswith(f"made: {file} (val, 80 images of 64 pixels, network digits-cnn, 20 ")

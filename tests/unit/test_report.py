@@ -400,6 +400,15 @@ def test_damaged_files_are_named(tmp_path: pathlib.Path) -> None:
         assert f"{name} cannot be read" in seen
 
 
+def test_a_result_of_the_samples_pictures_is_shown(tmp_path: pathlib.Path) -> None:
+    """Their settings are those of the samples, and say the format besides."""
+    folder = make_samples(make_run(tmp_path, "aligned"), 10.0)
+    result = json.loads((folder / "result.json").read_text())
+    result["sample_settings"] |= {"kind": "jpeg", "quality": 95}
+    write_json(folder / "result.json", result)
+    assert "of other samples" not in words(report(tmp_path))
+
+
 def test_a_result_of_other_samples_is_not_shown(tmp_path: pathlib.Path) -> None:
     folder = make_samples(make_run(tmp_path, "aligned"), 10.0)
     result = json.loads((folder / "result.json").read_text())
@@ -580,6 +589,7 @@ def test_speed_and_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatc
 def score(step: int, distance: float, **changes: Any) -> dict[str, Any]:
     how = {"num_samples": 100, "network": "digits-cnn", "reference": "the source", "path": "x"}
     numbers = {"eval/frechet_distance": distance, "eval/recall": distance / 100}
+    numbers |= {"eval/kid": 0.1, "eval/spatial_frechet_distance": 50.0}
     return {"event": "evaluation", "step": step, **how, **numbers, **changes}
 
 
@@ -609,7 +619,8 @@ def test_scores_on_the_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
         {"aligned": ([50, 100], [40.0, 20.0]), "plain": ([100], [30.0])},
         {"aligned": ([200], [5.0])},
     ]
-    assert [title for title, _ in shown][-4:] == ["Fréchet distance", "Recall"] * 2
+    titles = ["Fréchet distance", "KID", "Recall", "Spatial Fréchet distance"]
+    assert [title for title, _ in shown][-8:] == titles * 2
     # A score after the last interval hides none of its losses.
     assert read_runs(_config(tmp_path))[0].last().keys() >= {"loss", "denoising", "grad_norm"}
 

@@ -224,6 +224,11 @@ def test_unknown_keys_are_refused(content: str, message: str, tmp_path: Path) ->
     ("command", "key", "value", "message"),
     [
         ("train", "steps", "ten", "got 'ten', expected a whole number"),
+        ("grid", "output", "s3://b/x", "got 's3://b/x', expected a local path"),
+        ("sweep", "output", "s3://b/x", "got 's3://b/x', expected a local path"),
+        ("certify", "output", "s3://b/x", "got 's3://b/x', expected a local path"),
+        ("reference", "output", "s3://b/x", "got 's3://b/x', expected a local path"),
+        ("reference", "adm_npz", "s3://b/x", "got 's3://b/x', expected a local path"),
         ("train", "steps", 1.5, "got 1.5, expected a whole number"),
         ("train", "steps", True, "got True, expected a whole number"),
         ("train", "steps", 0, "got 0, expected a number above 0"),

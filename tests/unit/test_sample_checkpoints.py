@@ -29,7 +29,7 @@ from repa_pipeline.stages.sample_checkpoint import fetch
 from repa_pipeline.stages.sample_plan import sample_stage
 from repa_pipeline.stages.sampler import Sampler
 from repa_pipeline.testing.caches import TOY_TRUNK, isolated_tables
-from repa_pipeline.testing.sampling import toy_sample_config, write_toy_runs
+from repa_pipeline.testing.sampling import PLUGIN_NAME, toy_sample_config, write_toy_runs
 from repa_pipeline.training.checkpoint import file_digest, load_checkpoint
 from repa_pipeline.training.mirror import Mirror
 from repa_pipeline.training.runs import Run
@@ -212,7 +212,8 @@ def test_files_that_are_no_checkpoint(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_at_a_url(workspace: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    downloads, kept = tmp_path / "kept", {"downloads": str(tmp_path / "kept")}
+    downloads = tmp_path / "kept"
+    kept = {"downloads": str(downloads), "plugins": (PLUGIN_NAME,)}
     path = checkpoint_of(workspace)
     store = open_store("memory://sample-url/plain")
     store.put("mine.pt", path.read_bytes())
@@ -221,6 +222,8 @@ def test_a_checkpoint_at_a_url(workspace: Path, tmp_path: Path, monkeypatch: Any
     assert torch.equal(samples_of(workspace, checkpoint=url, **kept), samples_of(workspace))
     digest = file_digest(path)
     assert [p.relative_to(downloads) for p in downloads.rglob("*.pt")] == [Path(digest) / "mine.pt"]
+    with pytest.raises(ConfigError, match=rf"{url} wants '{PLUGIN_NAME}', which is neither .* nor"):
+        samples_of(workspace, checkpoint=url, downloads=str(downloads))
     stage = sample_stage(toy_sample_config(workspace, checkpoint=url, **kept))
     assert stage.recipe["checkpoint_sha256"] == digest
     assert stage.output.startswith(f"{workspace}/samples/step12.sde4.cfg2-0-0.7.")
@@ -240,13 +243,43 @@ def test_a_checkpoint_at_a_url(workspace: Path, tmp_path: Path, monkeypatch: Any
     assert not list(downloads.rglob("*.pt"))
 
 
+def test_a_checkpoint_at_a_url_brings_no_code(workspace: Path, tmp_path: Path) -> None:
+    """A description of somebody else: no module is imported because it says so."""
+    content = torch.load(checkpoint_of(workspace), weights_only=True)
+    about, bare = content["about"], {**content["about"]["config"], "plugins": []}
+    entry = {"autoencoders.tiny": {"loader": "this:s"}}
+    evil = {
+        "method.pt": {**about, "config": bare, "method": "this:s"},
+        "model.pt": {
+            **about,
+            "config": bare,
+            "model_spec": {**about["model_spec"], "loader": "this:s"},
+        },
+        "entry.pt": {**about, "config": {**bare, "overrides": entry}},
+    }
+    store = open_store("memory://sample-url/evil")
+    for name, described in evil.items():
+        torch.save({**content, "about": described}, tmp_path / name)
+        store.put(name, (tmp_path / name).read_bytes())
+        config = toy_sample_config(
+            workspace, checkpoint=f"{store.url}/{name}", downloads=str(tmp_path),
+            plugins=(PLUGIN_NAME,),
+        )  # fmt: skip
+        if name == "entry.pt":
+            assert sample_stage(config).config.overrides == {}
+        else:
+            with pytest.raises(ConfigError, match="wants 'this:s', which is neither of this pack"):
+                sample_stage(config)
+
+
 def test_a_checkpoint_that_a_run_keeps_in_pieces(workspace: Path, tmp_path: Path) -> None:
     kept = {"downloads": str(tmp_path)}
     run = Run(workspace / "runs" / "toy")
     Mirror(run, open_store("memory://sample-url/toy"), 200_000).sync(keep=2, keep_every=0)
     url = f"memory://sample-url/toy/checkpoints/{run.newest_checkpoint().name}"
     assert len(open_store("memory://sample-url/toy").list("checkpoints")) > 3
-    assert torch.equal(samples_of(workspace, checkpoint=url, **kept), samples_of(workspace))
+    own = {**kept, "plugins": (PLUGIN_NAME,)}
+    assert torch.equal(samples_of(workspace, checkpoint=url, **own), samples_of(workspace))
     assert fetch(url, **kept).read_bytes() == run.newest_checkpoint().read_bytes()
     with pytest.raises(ConfigError, match="password|credentials"):
         fetch("s3://name:secret@bucket/x.pt")

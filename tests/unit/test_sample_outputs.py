@@ -349,6 +349,7 @@ def test_the_command(
     said = repa(f"{line} --outputs png,latents --score digits-cnn --output out")
     assert "png: 6 images" in said and "latents: 6 images" in said
     assert "judge.digits-cnn: 6 images" in said and "made:" not in said
+    assert "next: repa evaluate --samples out --network digits-cnn\n" in said
     said = repa("sample --from-latents out --outputs npz --grid 0 --plugins toy_decoders")
     assert "decode out: 6 latents, tiny-kl" in said and "made: out/samples.npz" in said
     wrong = repa(f"{line} --outputs gif", code=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from repa_pipeline.config_evaluate import EvaluateConfig
+from repa_pipeline.errors import MismatchError
 from repa_pipeline.metrics import networks
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.evaluate import evaluate
@@ -73,6 +75,15 @@ def test_the_rows_of_both_ways(workspace: Path, monkeypatch: pytest.MonkeyPatch)
     assert early["metrics"] == late["metrics"] and early["metrics"]["frechet_distance"] > 0
     assert early["sample_settings"] == late["sample_settings"]
     assert early["sample_settings"]["cfg"] == 2.0
+
+    settings = json.loads((scored / "settings.json").read_text())
+    (scored / "settings.json").write_text(json.dumps({**settings, "cfg": 1.0}))
+    with pytest.raises(MismatchError, match="is not what the features there were made with"):
+        score(workspace, scored)
+    for name in ("settings.json", "result.json"):
+        (scored / name).unlink()
+    unknown = score(workspace, scored)
+    assert unknown["metrics"] == late["metrics"] and unknown["sample_settings"] is None
 
 
 def test_an_npz_says_how_its_images_were_made(workspace: Path) -> None:

@@ -298,6 +298,31 @@ def test_bf16_is_close_to_float32(workspace: Path) -> None:
     assert float((half - exact).abs().mean()) < 0.1 * float(exact.std())
 
 
+def test_tf32_is_on_for_the_sampler_alone(workspace: Path, monkeypatch: Any) -> None:
+    """Not for judges of the same pass, whose features are those of `repa evaluate`."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def switched() -> list[bool]:
+        return [switch.allow_tf32 for switch in switches]
+
+    before, seen = switched(), []
+    sampler = sampler_of(workspace)
+    monkeypatch.setattr(sampler, "config", dataclasses.replace(sampler.config, dtype="tf32"))
+    for part, name in ((sampler.latent_sampler, "scaled"), (sampler.decoder, "decode")):
+        plain = getattr(part, name)
+
+        def noted(*given: Any, plain: Any = plain) -> Any:
+            seen.append(switched())
+            return plain(*given)
+
+        monkeypatch.setattr(part, name, noted)
+    sampler.images(range(2))
+    assert seen == [[True, True]] * 2 and switched() == before
+    monkeypatch.setattr(SampleStage, "load_sampler", lambda *_, **__: sampler)
+    sample_stage(config_of(workspace, dtype="tf32")).open({})
+    assert switched() == [False, False]
+
+
 def test_the_npz_and_the_picture(workspace: Path, tmp_path: Path) -> None:
     stage = make(workspace, tmp_path / "out", npz=True, grid=6, labels="balanced")
     npz, picture = finish_samples(stage)
@@ -416,7 +441,7 @@ def test_the_command(
     said = repa(line)
     assert "6 images, sde 4 steps, cfg 1.8 on t in [0, 0.7]" in said
     assert "output: out" in said and "made: out/samples.npz" in said
-    assert said.rstrip().endswith("next: repa evaluate")
+    assert said.rstrip().endswith("next: repa evaluate --samples out")
     assert "nothing to do" in repa(line)
     seal = json.loads((tmp_path / "out" / "images" / "seal.json").read_text())
     assert seal["num_rows"] == 6 and len(seal["shards"]) == 2

@@ -14,7 +14,14 @@ import pytest
 from PIL import Image
 
 from repa_pipeline.config_evaluate import EvaluateConfig
-from repa_pipeline.errors import DamagedError, DataError, MismatchError, MissingError, StageError
+from repa_pipeline.errors import (
+    ConfigError,
+    DamagedError,
+    DataError,
+    MismatchError,
+    MissingError,
+    StageError,
+)
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages import judge
 from repa_pipeline.stages.evaluate import evaluate, name_distances, summary
@@ -85,9 +92,10 @@ def test_every_form_gives_the_same_numbers(base: Path, tmp_path: Path) -> None:
     rows = rows_of(base / "folder")
 
     np.savez(tmp_path / "plain.npz", arr_0=IMAGES)
-    np.savez(tmp_path / "said.npz", arr_0=IMAGES, settings=np.array(json.dumps(SETTINGS)))
+    told = json.dumps({"kind": "samples", **SETTINGS})
+    np.savez(tmp_path / "said.npz", arr_0=IMAGES, settings=np.array(told))
     tars = write_tars(tmp_path / "tars", IMAGES)
-    (tars / "settings.json").write_text(json.dumps(SETTINGS))
+    (tars / "settings.json").write_text(told)
     known = {"plain.npz": None, "said.npz": 1.5, "tars": 1.5}
     for name, cfg in known.items():
         features = tmp_path / f"features-{name}"
@@ -102,6 +110,10 @@ def test_every_form_gives_the_same_numbers(base: Path, tmp_path: Path) -> None:
     pattern = str(tars / "{000000,000040}.tar")
     found = evaluate(config_of(base, pattern, output=str(tmp_path / "r.json")), Silent())
     assert found["metrics"] == want["metrics"] and found["sample_settings"] is None
+    for text in ('{"cfg": 9, "kind": "workflow"}', "not JSON"):  # somebody else's
+        (tars / "settings.json").write_text(text)
+        found = evaluate(config_of(base, tars, output=str(tmp_path / "other.json")), Silent())
+        assert found["sample_settings"] is None
 
 
 def test_jpeg_pictures_are_scored_as_they_are(base: Path, tmp_path: Path) -> None:
@@ -216,6 +228,8 @@ def test_forms_that_cannot_be_scored(base: Path, tmp_path: Path) -> None:
     (tmp_path / "torn.npz").write_bytes(data)
     with pytest.raises(DamagedError, match=r"cannot read .*torn.npz"):
         evaluate(config_of(base, tmp_path / "torn.npz"), Silent())
+    with pytest.raises(DataError, match=r"reference.npz holds statistics \(mu\) beside its images"):
+        evaluate(config_of(base, base / "reference.npz"), Silent())
     with pytest.raises(MissingError, match="no tar at "):
         evaluate(config_of(base, tmp_path / "absent" / "{0..1}.tar"), Silent())
     folder = write_sample_folder(tmp_path / "samples", IMAGES)
@@ -224,8 +238,26 @@ def test_forms_that_cannot_be_scored(base: Path, tmp_path: Path) -> None:
         evaluate(config_of(base, folder), Silent())
     (tmp_path / "seal.json").rename(folder / "images" / "seal.json")
     evaluate(config_of(base, folder, batch_size=8), Silent())
+    (tmp_path / "package.json").write_text('{"name": "of somebody else"}')
+    with pytest.raises(ConfigError, match=r"package.json is no result of `repa evaluate`: give an"):
+        evaluate(config_of(base, folder, output=str(tmp_path / "package.json")), Silent())
     with pytest.raises(MismatchError, match=r"other settings: batch_size is 8 there, 16 now"):
         evaluate(config_of(base, folder, batch_size=16), Silent())
+
+
+def test_pictures_class_by_class_give_no_score_of_blocks(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    for i, image in enumerate(IMAGES[:20]):
+        path = folder / str(i // 10) / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    with pytest.raises(DataError, match="stand class by class: .* give --is-split 20 for one"):
+        evaluate(config_of(base, folder, is_split=10), Silent())
+    shared = {"workspace": str(tmp_path / "ws"), "is_split": 20}
+    whole = evaluate(config_of(base, folder, **shared), Silent())
+    mixed = write_sample_folder(tmp_path / "mixed", IMAGES[:20][::-1])
+    want = evaluate(config_of(base, mixed, **shared), Silent())
+    assert whole["metrics"]["inception_score"] == pytest.approx(want["metrics"]["inception_score"])
 
 
 @pytest.mark.parametrize(
