@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 
@@ -40,6 +41,22 @@ def prepare_compute(threads: int, tf32: bool = False) -> None:
     torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or cpu_count())
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+    _keep_freed_memory()
+
+
+# glibc's malloc.h, mallopt(3): how much more than it needs a heap takes, and keeps when it shrinks.
+_M_TOP_PAD = -2
+_KEPT_BYTES = 64 * 2**20
+
+
+def _keep_freed_memory() -> None:
+    """Lets threads other than the main one keep what tensors give back.
+
+    By default each of their heaps shrinks at once and grows again with the next tensor: on the CPU
+    a tenth of a small model's time went into page faults. Elsewhere than on glibc nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_TOP_PAD, _KEPT_BYTES)
 
 
 @contextlib.contextmanager
