@@ -44,9 +44,10 @@ def prepare_compute(threads: int, tf32: bool = False) -> None:
     _keep_freed_memory()
 
 
-# glibc's malloc.h, mallopt(3): how much more than it needs a heap takes, and keeps when it shrinks.
-_M_TOP_PAD = -2
-_KEPT_BYTES = 64 * 2**20
+# glibc's malloc.h, mallopt(3): what is above a size is mapped by itself; how much more than it
+# needs a heap takes; how much of it may lie free before it shrinks. Any of them, once set, stops
+# glibc from adapting the first, so all are.
+_MALLOC = {-3: 32 * 2**20, -2: 64 * 2**20, -1: 256 * 2**20}
 
 
 def _keep_freed_memory() -> None:
@@ -56,7 +57,9 @@ def _keep_freed_memory() -> None:
     a tenth of a small model's time went into page faults. Elsewhere than on glibc nothing is done.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_TOP_PAD, _KEPT_BYTES)
+        library = ctypes.CDLL(None)
+        for option, value in _MALLOC.items():
+            library.mallopt(option, value)
 
 
 @contextlib.contextmanager
