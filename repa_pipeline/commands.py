@@ -138,7 +138,7 @@ def run_training(
         if notice is None:
             tell("stopped by SIGTERM, saved; the same command goes on from here")
         return EXIT_TERMINATED
-    tell("next: repa sample --cfg 1.8 --interval 0,0.7")
+    tell(f"next: repa sample --run {plan.name} --cfg 1.8 --interval 0,0.7")
     return 0
 
 

@@ -36,8 +36,9 @@ def intervals(text: str) -> tuple[tuple[float, float], ...]:
 
 
 def check_numbers(text: str) -> str | None:
-    """A check of a setting: what is expected of it, None when it is right."""
-    return _expected(numbers, text)
+    """A check of a setting of numbers, 0 or more: what is expected of it, None when it is right."""
+    expected = _expected(numbers, text)
+    return expected or ("numbers of 0 or more" if min(numbers(text)) < 0 else None)
 
 
 def check_intervals(text: str) -> str | None:

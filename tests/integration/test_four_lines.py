@@ -124,7 +124,7 @@ def test_the_five_commands(project: Path, capsys: pytest.CaptureFixture[str]) ->
     name = "sit-xs-2.dinov2-b"
     assert f"train {name}: SiT-XS/2 aligned with dinov2-b, 4 steps of 8 images" in said["train"]
     assert f"run: work/runs/{name} at step 4 (loss " in said["train"]
-    assert said["train"].endswith("next: repa sample --cfg 1.8 --interval 0,0.7\n")
+    assert said["train"].endswith(f"next: repa sample --run {name} --cfg 1.8 --interval 0,0.7\n")
     assert "8 images, sde 4 steps, cfg 1.8 on t in [0, 0.7]" in said["sample"]
     made, last = said["sample"].splitlines()[-3], said["sample"].splitlines()[-1]
     assert made.endswith("/samples.npz")

@@ -47,6 +47,11 @@ def test_what_is_no_range_is_refused_in_a_line(text: str) -> None:
     assert "numbers" in (check_numbers(text) or "")
 
 
+def test_negative_scales_are_refused() -> None:
+    assert check_numbers("-1:1:0.5") == "numbers of 0 or more"
+    assert check_numbers("0:1:0.5") is None
+
+
 @pytest.mark.parametrize("text", ["0.5", "0,1,2", "0.8,0.2", "0,1.2", "-0.1,1", "0,x"])
 def test_what_is_no_interval_is_refused_in_a_line(text: str) -> None:
     with pytest.raises(ValueError, match="LOW|numbers"):
