@@ -38,7 +38,7 @@ import timm
 import torch
 from common import save
 from safetensors.torch import save_file
-from workers import Job, Took, loop_part, ratios, time_loops, time_ray
+from workers import Job, loop_part, take_turns
 
 from repa_pipeline.cluster.session import ray_session
 from repa_pipeline.config import FeaturesConfig
@@ -90,19 +90,11 @@ def measure_case(folder: Path, encoder: str, num_images: int, rounds: int) -> di
     make_tar(folder / "images.tar", num_images)
     write_weights(folder / "weights.safetensors", encoder)
     ensure_index(config_in(folder, "index"), LocalExecutor(), Silent())
-    best: dict[str, Took] = {}
-    for number in range(rounds):
-        for way, workers in (("loop", 1), ("ray", 1), ("loop", 2), ("ray", 2)):
-            name = f"{way}-{workers}-{number}"
-            shutil.copytree(folder / "index", folder / name)
-            if way == "loop":
-                took = time_loops(__file__, folder, name, workers)
-            else:
-                took = time_ray(job_in(folder, name), folder / f"{name}-ready", workers)
-            name = f"{way} {workers}"
-            best[name] = took.least(best.get(name, took))
-            print(f"{encoder}, {name}: {took.wall:.2f} s, CPU {took.cpu:.2f} s", file=sys.stderr)
-    return {"images": num_images, **ratios(best)}
+    print(encoder, file=sys.stderr)
+    ratios = take_turns(
+        __file__, folder, rounds, job_in, lambda own: shutil.copytree(folder / "index", own)
+    )
+    return {"images": num_images, **ratios}
 
 
 def write_weights(path: Path, encoder: str) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from common import command, save
-from workers import Job, Took, loop_part, ratios, time_loops, time_ray
+from workers import Job, loop_part, take_turns
 
 from repa_pipeline.cluster.session import ray_session
 from repa_pipeline.config_sample import SampleConfig
@@ -64,25 +63,15 @@ def measure(folder: Path, arguments: Namespace) -> dict[str, Any]:
     write_checkpoint(folder / "theirs.pt", arguments.model)
     told = {"num_images": SHARD_ROWS * arguments.shards, "num_steps": arguments.steps}
     (folder / "told.json").write_text(json.dumps(told))
-    best: dict[str, Took] = {}
     with ray_session(None):
-        for number in range(arguments.rounds):
-            for way, workers in (("loop", 1), ("ray", 1), ("loop", 2), ("ray", 2)):
-                name = f"{way}-{workers}-{number}"
-                if way == "loop":
-                    took = time_loops(__file__, folder, name, workers)
-                else:
-                    took = time_ray(job_in(folder, name), folder / f"{name}-ready", workers)
-                key = f"{way} {workers}"
-                best[key] = took.least(best.get(key, took))
-                print(f"{key}: {took.wall:.2f} s, CPU {took.cpu:.2f} s", file=sys.stderr)
+        ratios = take_turns(__file__, folder, arguments.rounds, job_in)
     return {
         "command": command(),
         "model": arguments.model,
         **told,
         "shard_rows": SHARD_ROWS,
         "cores_used": cpu_count(),
-        **ratios(best),
+        **ratios,
     }
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from repa_pipeline.cluster.executor import RayExecutor
@@ -144,7 +144,33 @@ def cpu_of_tree() -> float:
     return found / os.sysconf("SC_CLK_TCK")
 
 
-def ratios(best: Mapping[str, Took]) -> dict[str, float]:
+def take_turns(
+    script: str,
+    folder: Path,
+    rounds: int,
+    job_in: Callable[[Path, str], Job],
+    begin: Callable[[Path], object] = lambda _: None,
+) -> dict[str, float]:
+    """The ratios of one and two loops and workers, in turns, the fastest of each kept.
+
+    begin: what is done to a turn's own folder first, which is not timed; `job_in` opens it.
+    """
+    best: dict[str, Took] = {}
+    for number in range(rounds):
+        for way, workers in (("loop", 1), ("ray", 1), ("loop", 2), ("ray", 2)):
+            name = f"{way}-{workers}-{number}"
+            begin(folder / name)
+            if way == "loop":
+                took = time_loops(script, folder, name, workers)
+            else:
+                took = time_ray(job_in(folder, name), folder / f"{name}-ready", workers)
+            key = f"{way} {workers}"
+            best[key] = took.least(best.get(key, took))
+            print(f"{key}: {took.wall:.2f} s, CPU {took.cpu:.2f} s", file=sys.stderr)
+    return _ratios(best)
+
+
+def _ratios(best: Mapping[str, Took]) -> dict[str, float]:
     """What stands in the results, of the least times of "loop 1", "loop 2", "ray 1", "ray 2"."""
     return {
         "overhead": round(best["ray 2"].wall / best["loop 2"].wall - 1, 3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from repa_pipeline.config import CommonConfig
+from repa_pipeline.config_evaluate import ScoreConfig
 from repa_pipeline.data.array import ArraySpec, write_shard
 from repa_pipeline.data.objects import ObjectStore, open_store
 from repa_pipeline.device import prepare_compute
@@ -12,7 +13,7 @@ from repa_pipeline.engine.contracts import Commit, Commits, Executor, Shard, Wan
 from repa_pipeline.engine.run import Progress, ledger_of, run_stage
 from repa_pipeline.registry import load_plugins
 from repa_pipeline.stages.array_stage import ArrayOutput
-from repa_pipeline.stages.judge import Images, Judge, Judged, Rows, open_judged
+from repa_pipeline.stages.judge import Images, Judge, Judged, Rows, judge_spec, open_judged
 from repa_pipeline.stages.judge_images import ImageSet, Read
 
 
@@ -54,6 +55,23 @@ class _JudgeWork:
     def store(self, shard: Shard, computed: Rows) -> Commits:
         num_bytes, digest = write_shard(self.store_, self.spec, shard.index, computed)
         return (Commit(shard.index, shard.num_rows, num_bytes, digest, output=self.spec.name),)
+
+
+def spec_of_images(
+    config: ScoreConfig, network: str, images: ImageSet, forward_images: int
+) -> ArraySpec:
+    """The array of `network`'s rows over `images`; raises as `judge_spec`."""
+    return judge_spec(
+        config,
+        network,
+        config.network_weights,
+        resolution=images.resolution,
+        num_rows=images.num_rows,
+        shard_rows=images.shard_rows,
+        of=images.of,
+        forward_images=config.batch_size or forward_images,
+        any_weights=config.any_weights,
+    )
 
 
 def run_judge(stage: JudgeStage, executor: Executor, progress: Progress) -> Judged:

@@ -29,7 +29,7 @@ from repa_pipeline.stages.cached_rows import source_of
 from repa_pipeline.stages.index import cache_store, ensure_index, open_config_source
 from repa_pipeline.stages.judge import FORWARD_IMAGES, Judged, judge_spec
 from repa_pipeline.stages.judge_images import Images, ImageSet, adm_images, indexed_images
-from repa_pipeline.stages.judge_stage import JudgeStage, run_judge
+from repa_pipeline.stages.judge_stage import JudgeStage, run_judge, spec_of_images
 from repa_pipeline.stages.reference_file import (
     Reference,
     about_of,
@@ -289,17 +289,7 @@ def _reduced(
 
 def _stage(config: ScoreConfig, network: str, images: ImageSet, name: str) -> JudgeStage:
     """The pass over reference images, in a folder of the workspace that its recipe names."""
-    spec = judge_spec(
-        config,
-        network,
-        config.network_weights,
-        resolution=images.resolution,
-        num_rows=images.num_rows,
-        shard_rows=images.shard_rows,
-        of=images.of,
-        forward_images=config.batch_size or FORWARD_IMAGES,
-        any_weights=config.any_weights,
-    )
+    spec = spec_of_images(config, network, images, FORWARD_IMAGES)
     folder = f"{name}.{spec.fingerprint[:12]}.features"
     url = open_store(config.workspace).child(FOLDER).child(folder).url
     return JudgeStage(config, config.network_weights, images, url, spec, "reference features")

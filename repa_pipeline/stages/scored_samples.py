@@ -18,7 +18,6 @@ from repa_pipeline.metrics.adm_file import read_adm_settings
 from repa_pipeline.stages.judge import (
     Judged,
     judge_name,
-    judge_spec,
     of_samples,
     open_judged,
     standing_batch,
@@ -30,7 +29,7 @@ from repa_pipeline.stages.judge_images import (
     sample_images,
     source_images,
 )
-from repa_pipeline.stages.judge_stage import JudgeStage
+from repa_pipeline.stages.judge_stage import JudgeStage, spec_of_images
 from repa_pipeline.training.runs import find_run, list_runs
 
 # Where features of pictures in a source go, in the workspace.
@@ -140,17 +139,7 @@ def _with_images(
     settings: Mapping[str, Any] | None,
 ) -> ScoredSamples:
     url = _absolute(config.features or features)
-    spec = judge_spec(
-        config,
-        network,
-        config.network_weights,
-        resolution=images.resolution,
-        num_rows=images.num_rows,
-        shard_rows=images.shard_rows,
-        of=images.of,
-        forward_images=config.batch_size or standing_batch(open_store(url), network),
-        any_weights=config.any_weights,
-    )
+    spec = spec_of_images(config, network, images, standing_batch(open_store(url), network))
     stage = JudgeStage(config, config.network_weights, images, url, spec, "sample features")
     return ScoredSamples(where, url, spec, stage, result, settings)
 

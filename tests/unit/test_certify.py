@@ -16,14 +16,12 @@ from repa_pipeline.cli import main
 from repa_pipeline.commands_evaluate import certify as command
 from repa_pipeline.config_evaluate import CertifyConfig, EvaluateConfig
 from repa_pipeline.config_sample import SampleConfig
-from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
-from repa_pipeline.data.objects import open_store
-from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.errors import DataError
 from repa_pipeline.metrics.networks import load_network
 from repa_pipeline.observe import Silent
 from repa_pipeline.stages.certify import PARTS, Limit, Part, certify, lines
 from repa_pipeline.stages.evaluate import evaluate
+from repa_pipeline.testing.samples import write_sample_folder
 
 COUNT = 80
 PLAIN = {
@@ -42,16 +40,7 @@ def pool_of(images: Any) -> Any:
 
 
 def write_samples(folder: Path, images: Any, **settings: Any) -> str:
-    spec = ArraySpec("images", len(images), RecordLayout((64, 64, 3), "uint8", 64), settings)
-    store = open_store(str(folder))
-    begin_array(store, spec)
-    shards = []
-    for k in range(spec.num_shards):
-        part = images[64 * k : 64 * k + 64]
-        num_bytes, digest = write_shard(store, spec, k, part)
-        shards.append({"index": k, "rows": len(part), "num_bytes": num_bytes, "digest": digest})
-    seal_array(store, spec, shards)
-    return str(folder)
+    return str(write_sample_folder(folder, images, 64, **settings))
 
 
 @pytest.fixture

@@ -17,10 +17,8 @@ from PIL import Image
 from repa_pipeline.cli import main
 from repa_pipeline.config import IndexConfig
 from repa_pipeline.config_evaluate import EvaluateConfig
-from repa_pipeline.data.array import ArraySpec, begin_array, seal_array, write_shard
 from repa_pipeline.data.index import read_index
 from repa_pipeline.data.objects import open_store
-from repa_pipeline.data.shards import RecordLayout
 from repa_pipeline.engine.local import LocalExecutor
 from repa_pipeline.errors import (
     ConfigError,
@@ -35,6 +33,7 @@ from repa_pipeline.stages.evaluate import evaluate, summary
 from repa_pipeline.stages.index import ensure_index
 from repa_pipeline.stages.scored_samples import find_samples
 from repa_pipeline.testing.caches import isolated_tables
+from repa_pipeline.testing.samples import write_sample_folder
 
 Images = npt.NDArray[np.uint8]
 SIZE = 16
@@ -93,17 +92,7 @@ def sample_images() -> Images:
 
 
 def write_samples(folder: Path, images: Images, shard_rows: int = 8) -> Path:
-    layout = RecordLayout(images.shape[1:], "uint8", shard_rows)
-    spec = ArraySpec("images", len(images), layout, {"kind": "samples", "cfg": 1.5})
-    store = open_store(str(folder))
-    begin_array(store, spec)
-    shards = []
-    for index in range(spec.num_shards):
-        part = images[index * shard_rows : (index + 1) * shard_rows]
-        num_bytes, sha256 = write_shard(store, spec, index, part)
-        shards.append({"index": index, "rows": len(part), "num_bytes": num_bytes, "sha256": sha256})
-    seal_array(store, spec, shards)
-    return folder
+    return write_sample_folder(folder, images, shard_rows, cfg=1.5)
 
 
 def write_source(folder: Path, images: Images) -> None:

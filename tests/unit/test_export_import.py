@@ -253,7 +253,8 @@ def test_a_second_import_has_nothing_to_do(
     commands_exchange.import_(config)
     assert f"{LATENTS}: 20 rows" in capsys.readouterr().out
     commands_exchange.import_(config)
-    assert f"nothing to do: {tmp_path}/work/cache/{LATENTS} is complete" in capsys.readouterr().out
+    done = tmp_path / "work" / "cache" / LATENTS
+    assert f"nothing to do: {done} is complete" in capsys.readouterr().out
     assert cache(tmp_path / "work").list("import.parts") == []
 
 

@@ -294,7 +294,7 @@ def test_an_epoch_reads_every_shard_of_both_views(
         original(self, key, start, buffer)
 
     monkeypatch.setattr(RemoteStore, "read_range_into", counted)
-    remote = RemoteStore(f"file://{tmp_path}/work/cache", LocalFileSystem())
+    remote = RemoteStore((tmp_path / "work" / "cache").as_uri(), LocalFileSystem())
     arrays, mirrored = (
         [dataclasses.replace(array, store=remote) for array in some]
         for some in (inputs.arrays, inputs.mirrored)
